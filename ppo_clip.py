@@ -49,6 +49,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -180,8 +181,7 @@ class Agent(nn.Module):
         self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(A))  # the same in every state, as in the paper
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
 
     def noise(self, *shape: int) -> Tensor:
         """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
@@ -193,16 +193,32 @@ class Agent(nn.Module):
         output = self.actor(self.obs_norm(obs)) + noise
         return output.argmax(-1) if self.discrete else output
 
-    def log_prob(self, x: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """normalised obs x (B,S), action (B[,A]) → log πθ(a|s), entropy of πθ(·|s): (B,) each"""
-        output = self.actor(x)
+    def log_prob(self, output: Tensor, action: Tensor) -> Tensor:
+        """actor's output (B,A), action (B[,A]) → log πθ(a|s) (B,)"""
         if self.discrete:
-            return softmax_log_prob(output, action), softmax_entropy(output)
-        return gaussian_log_prob(output, self.log_std, action), gaussian_entropy(self.log_std)
+            return softmax_log_prob(output, action)
+        return gaussian_log_prob(output, self.log_std, action)
+
+    def entropy(self, output: Tensor) -> Tensor:
+        """actor's output (B,A) → mean entropy of πθ(·|s), in nats"""
+        return softmax_entropy(output).mean() if self.discrete else gaussian_entropy(self.log_std)
 
     def value(self, x: Tensor) -> Tensor:
         """normalised obs x (B,S) → V(s) (B,), in the rewards' unit"""
         return self.value_norm.inverse(self.critic(x).squeeze(-1))
+
+
+def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
+
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    parameters = list(parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    theta.grad = torch.zeros_like(theta)
+    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
+        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    return theta
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,7 +298,7 @@ def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict:
     """One iteration's learning, from a rollout to the mean losses of its minibatches."""
     with torch.no_grad():
         # [PPO-2] compute Â_t for every step
@@ -290,42 +306,46 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
         values, next_values = agent.value(x), agent.value(next_x)
         advantages = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.truncated,
                          args.gamma, args.gae_lambda)
-        targets = advantages + values  # the λ-return: what V(s_t) should have been
-        agent.value_norm.update(targets.reshape(-1, 1))
+        returns = advantages + values  # the λ-return: what V(s_t) should have been
+        agent.value_norm.update(returns.reshape(-1, 1))
         # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-        old_log_probs, _ = agent.log_prob(x, rollout.actions)  # log π_θold, before θ moves
-    batch = [y.flatten(0, 1) for y in (x, rollout.actions, old_log_probs, advantages, agent.value_norm(targets))]
+        old_log_probs = agent.log_prob(agent.actor(x), rollout.actions)  # log π_θold, before θ moves
+    targets = agent.value_norm(returns)
+    batch = [y.flatten(0, 1) for y in (x, rollout.actions, old_log_probs, advantages, targets)]
 
     # [PPO-3] for K epochs over minibatches: update θ by L^CLIP
     losses = []
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch[0]))
-        for x, action, old_log_prob, advantage, target in zip(*(y[shuffled].split(args.minibatch_size) for y in batch)):
-            log_prob, entropy = agent.log_prob(x, action)
-            ratio = (log_prob - old_log_prob).exp()  # r_t(θ)
+        minibatches = zip(*(y[shuffled].split(args.minibatch_size) for y in batch))
+        for x, action, old_log_prob, advantage, target in minibatches:
+            output = agent.actor(x)
+            ratio = (agent.log_prob(output, action) - old_log_prob).exp()  # r_t(θ)
             policy_loss = -clipped_surrogate(ratio, advantage, args.clip_coef).mean()
             value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
-            loss = policy_loss + 0.5 * value_loss - args.ent_coef * entropy.mean()
-            optimizer.zero_grad()
+            loss = policy_loss + 0.5 * value_loss
+            if args.ent_coef:
+                loss = loss - args.ent_coef * agent.entropy(output)  # [DETAIL] paper, eq. 9
+            theta.grad.zero_()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
             optimizer.step()
             losses.append(torch.stack([policy_loss, value_loss]).detach())
 
     # [PPO-4] θ_old ← θ: the next rollout is collected with the new θ, and so with its statistics
     agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
-        log_prob, entropy = agent.log_prob(batch[0], batch[1])
-        log_ratio = log_prob - batch[2]
+        output = agent.actor(batch[0])
+        log_ratio = agent.log_prob(output, batch[1]) - batch[2]
         policy_loss, value_loss = torch.stack(losses).mean(0)
         metrics = {
             "losses/policy_loss": policy_loss,
             "losses/value_loss": value_loss,
-            "losses/entropy": entropy.mean(),
+            "losses/entropy": agent.entropy(output),
             "losses/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             "losses/clipfrac": (log_ratio.expm1().abs() > args.clip_coef).float().mean(),
-            "losses/explained_variance": 1 - (targets - values).var() / (targets.var() + 1e-8),
+            "losses/explained_variance": 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8),
         }
     return {name: value.item() for name, value in metrics.items()}
 
@@ -449,7 +469,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = open_envs(args, args.num_envs)
     agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    theta = as_vector(agent.parameters())
+    optimizer = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
     step, batch_size = 0, args.num_envs * args.num_steps
     if checkpoint:
         step = checkpoint["global_step"]
@@ -470,7 +491,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
             rollout = collect(agent, actors, args.num_steps, device)
-            losses = update(agent, optimizer, rollout, args)
+            losses = update(agent, theta, optimizer, rollout, args)
             if not all(map(math.isfinite, losses.values())):
                 raise Failure(f"the losses after step {step} aren't finite: lower --learning-rate, or look for NaN in "
                               f"the environment's observations and rewards; {run.folder} is as last saved")

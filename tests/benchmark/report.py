@@ -1,0 +1,112 @@
+"""Makes the README's tables, between its markers, and its figures from the CSV files of the benchmarks.
+
+    pip install -r tests/benchmark/requirements.txt
+    python tests/benchmark/report.py
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+FIGURES = HERE / "figures"
+
+
+def read(path: Path) -> tuple[dict, list[dict[str, str]]]:
+    """What made a file of results, and its rows."""
+    comment, _, rows = path.read_text().partition("\n")
+    return json.loads(comment.removeprefix("# ")), list(csv.DictReader(io.StringIO(rows)))
+
+
+def runs() -> Iterator[tuple[str, str, str, dict, np.ndarray, np.ndarray]]:
+    """(name, environment, seed, what made it, steps, returns) of every cell of the grid that is done"""
+    for path in sorted(RESULTS.glob("*/*/*.csv")):
+        about, rows = read(path)
+        steps, returns = np.array([(int(row["global_step"]), float(row["episodic_return"])) for row in rows]).T
+        yield path.parts[-3], path.parts[-2], path.stem, about, steps, returns
+
+
+def table(header: str, rows: list[tuple]) -> str:
+    lines = [header, re.sub(r"[^|]+", "---", header), *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def returns_table() -> str:
+    """Mean return of each run's last 100 episodes."""
+    last: dict[tuple[str, str], list[float]] = {}
+    made: dict[tuple[str, str], set[str]] = {}
+    for name, env_id, _, about, _, returns in runs():
+        last.setdefault((name, env_id), []).append(returns[-100:].mean())
+        made.setdefault((name, env_id), set()).add(about["commit"])
+    rows = [
+        (name, env_id, len(means), f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
+         ", ".join(f"`{commit}`" for commit in sorted(made[name, env_id])))
+        for (name, env_id), means in last.items()
+    ]
+    return table("| run | environment | seeds | mean return | each seed | commit |", rows)
+
+
+def speed_table() -> str:
+    """Medians and ranges of steps per second, beside those of the bare environment."""
+    about, rows = read(RESULTS / "speed.csv")
+    rates: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        rates.setdefault((row["env_id"], row["program"]), []).append(int(row["steps_per_second"]))
+    shown = [
+        (env_id, program, f"{median(rate):.0f}", f"{min(rate)} – {max(rate)}",
+         f"{median(rate) / median(rates[env_id, 'SB3 PPO']):.2f}")
+        for (env_id, program), rate in rates.items()
+    ]
+    return table("| environment | program | steps/s, median | range | against SB3 PPO |", shown)
+
+
+def curves(env_id: str) -> None:
+    """Return against steps: a window of 100 episodes, each seed thin, their mean thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grid = np.linspace(0, 1e6, 200)
+    seeds: dict[str, list[np.ndarray]] = {}
+    for name, env, _, _, steps, returns in runs():
+        if env == env_id:
+            smooth = np.convolve(returns, np.ones(100) / 100, "valid")
+            seeds.setdefault(name, []).append(np.interp(grid, steps[99:], smooth, left=np.nan))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for color, (name, lines) in enumerate(seeds.items()):
+        axes.plot(grid, np.transpose(lines), color=f"C{color}", linewidth=0.6, alpha=0.5)
+        axes.plot(grid, np.mean(lines, axis=0), color=f"C{color}", linewidth=2, label=f"{name}, {len(lines)} seeds")
+    axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of 100 episodes", xlim=(0, 1e6))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / f"{env_id}.png", dpi=120)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The README with what stands between the markers <!-- name --> and <!-- /name --> replaced."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}\n{content}\n\n{m[2]}", text, flags=re.S)
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    return fill(fill(text, "returns", returns_table()), "speed", speed_table())
+
+
+def main() -> None:
+    (ROOT / "README.md").write_text(readme())
+    for env_id in sorted({env_id for _, env_id, *_ in runs()}):
+        curves(env_id)
+
+
+if __name__ == "__main__":
+    main()
