@@ -12,14 +12,14 @@
 
 Slides 近端策略优化 PPO: "1. 截断式优化目标", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 
-    PPO-CPI   L^CPI(θ)  = Ê_t[ r_t(θ) Â_t ],   r_t(θ) = πθ(a_t|s_t) / πθ_old(a_t|s_t)
-    PPO-CLIP  L^CLIP(θ) = Ê_t[ min( r_t(θ) Â_t, clip(r_t(θ), 1−ε, 1+ε) Â_t ) ]
-    PPO-LB    L^CLIP ≤ L^CPI, equal around r = 1
-    PPO-ADV   Â_t = −V(s_t) + r_t + γ r_{t+1} + … + γ^{T−1−t} r_{T−1} + γ^{T−t} V(s_T)
-    PPO-1     in each iteration, N actors in parallel collect T steps each with π_θold
-    PPO-2     compute Â_t for every step, and L of minibatches
-    PPO-3     for K epochs over minibatches: update θ by L^CLIP
-    PPO-4     θ_old ← θ
+    PPO-CPI     L^CPI(θ)  = Ê_t[ r_t(θ) Â_t ],   r_t(θ) = πθ(a_t|s_t) / πθ_old(a_t|s_t)
+    PPO-CLIP    L^CLIP(θ) = Ê_t[ min( r_t(θ) Â_t, clip(r_t(θ), 1−ε, 1+ε) Â_t ) ]
+    PPO-LB      L^CLIP ≤ L^CPI, equal around r = 1
+    PPO-ADV     Â_t = −V(s_t) + r_t + γ r_{t+1} + … + γ^{T−1−t} r_{T−1} + γ^{T−t} V(s_T)
+    PPO-1       in each iteration, N actors in parallel collect T steps each with π_θold
+    PPO-2       compute Â_t for every step, and L of minibatches
+    PPO-3       for K epochs over minibatches: update θ by L^CLIP
+    PPO-4       θ_old ← θ
 
 Symbols     variable            shape     meaning
     s_t     obs                 (T,N,S)   observation; next_obs is s_{t+1}, the true one also when an episode ends
@@ -97,9 +97,10 @@ class Args:
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The environment, rendering to pictures if asked."""
-    if render and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen; MuJoCo reads it when it is imported
-    env = gym.make(env_id, render_mode="rgb_array" if render else None)
+    if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -450,6 +451,7 @@ def open_envs(args: Args, count: int) -> list[gym.Env]:
         if args.capture_video:
             envs[0].render()
     except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
+        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
         raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
     observed, acted = envs[0].observation_space, envs[0].action_space
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
@@ -539,8 +541,11 @@ def load_checkpoint(path: str) -> dict:
     if not checkpoint_path(path).is_file():
         raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
     try:
-        checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
-        script, _ = checkpoint["script"], Args(**checkpoint["args"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
+            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
+            script = checkpoint["script"]
+            _ = script != SCRIPT or Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
     if script != SCRIPT:
@@ -555,8 +560,9 @@ def check(args: Args) -> None:
             args.num_envs, args.num_steps, args.minibatch_size, args.update_epochs, args.eval_episodes) >= 1,
         f"--total-timesteps: at least N·T = {batch_size}, one iteration": args.total_timesteps >= batch_size,
         f"--minibatch-size: a divisor of N·T = {batch_size}": batch_size % (args.minibatch_size or 1) == 0,
-        "--learning-rate, --clip-coef, --max-grad-norm: above 0": min(
-            args.learning_rate, args.clip_coef, args.max_grad_norm) > 0,
+        "--learning-rate: above 0, and finite": 0 < args.learning_rate < math.inf,
+        "--clip-coef: above 0": args.clip_coef > 0,
+        "--max-grad-norm: above 0": args.max_grad_norm > 0,
         "--gamma, --gae-lambda: from 0 to 1": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
         "--ent-coef: at least 0": args.ent_coef >= 0,
         "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,

@@ -1,0 +1,620 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
+#     "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1",
+# ]
+# ///
+# SPDX-License-Identifier: MIT
+"""REINFORCE: actions become more probable by the return that followed them; with --baseline, by how much more it was
+than expected.
+
+    python reinforce.py --env-id CartPole-v1 --baseline
+
+Slides "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "A2C: 优势Actor-Critic" (Williams 1992; Sutton & Barto, ch. 13)
+
+    PG-SOFTMAX   πθ(a|s) = exp f_θ(s,a) / Σ_a' exp f_θ(s,a')
+    PG-LOGGRAD   ∂ log πθ(a|s)/∂θ = ∂f_θ(s,a)/∂θ − E_{a'~πθ}[ ∂f_θ(s,a')/∂θ ]
+    PG-THM       ∂J(θ)/∂θ = E_πθ[ ∂ log πθ(a|s)/∂θ · Q^πθ(s,a) ]
+    PG-BACKPROP  ∂J/∂θ = E_πθ[ ( ∂f_θ(s,a)/∂θ − E_a'[∂f_θ(s,a')/∂θ] ) Q^πθ(s,a) ], both inner terms by back-propagation
+    PG-ADV       θ ← θ + α E_πθ[ ∂ log πθ(a|s)/∂θ · A^πθ(s,a) ]
+    A2C-ADV      A^π(s,a) = Q^π(s,a) − V^π(s)                                                        (--baseline)
+
+    RF-1  initialise θ arbitrarily
+    RF-2  for each episode {s_1, a_1, r(s_1,a_1), …, s_T, a_T, r(s_T,a_T)} ~ πθ do
+    RF-3      for t = 1 to T do
+    RF-4          θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t
+    RF-5      end for
+    RF-6  end for
+    RF-7  return θ
+
+Symbols     variable            shape     meaning
+    s_t     obs                 (B,S)     observation; B steps of N episodes, one after the other
+    a_t     actions             (B[,A])   continuous: A numbers; discrete: the index of one of A actions
+    r_t     rewards             (B,)      reward
+    G_t     returns             (B,)      return from t: r_t + γ r_{t+1} + … to the end of the episode
+    V       values              (B,)      critic's estimate of G_t, with --baseline
+    γ       gamma                         discount
+    α       learning_rate                 step size
+
+Departures from the slides
+    RF-4      θ moves once for N episodes, not at each t: the later steps of an episode are then still samples of the
+              policy that the gradient is taken at. α goes through Adam.
+    G_t       of an episode cut by a time limit is unknown. With --baseline V(s_T) stands for what is missing. Without,
+              steps that miss more than a share TAIL of their weights, γ^{T−t} > TAIL, are left out of the sum.
+    [DETAIL]  marks whatever else the slides don't have, each with its reason.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SCRIPT = "reinforce"
+TAIL = 0.05  # largest share of a return that may be missing
+
+
+# ── Arguments ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclass
+class Args:
+    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector; continuous (Box) or discrete actions
+    seed: int = 1  # of the networks, the actions and the environments
+    total_timesteps: int = 1_000_000  # environment steps, counted over all actors
+    num_envs: int = 8  # N: actors, each of which plays one episode per update
+    learning_rate: float = 3e-3  # α: Adam's step size for the policy
+    gamma: float = 0.99  # γ: discount per step
+    baseline: bool = False  # subtract a learned V(s) from G_t
+    value_lr: float = 1e-3  # Adam's step size for the baseline
+    value_epochs: int = 10  # passes over an update's steps that fit the baseline, by minibatches of 64
+    norm_returns: bool = True  # scale what weighs the gradient to mean 0 and variance 1
+    cuda: bool = True  # run on the GPU if there is one
+    track: bool = False  # send the metrics to Weights & Biases too
+    wandb_project_name: str = "deep-policy-gradients"  # project to track under
+    wandb_entity: str | None = None  # user or team to track under
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64, … of the first actor
+    runs_dir: str = "runs"  # where the run's folder is made
+    resume: str | None = None  # run's folder or checkpoint to go on with; its settings hold unless given again
+    evaluate: str | None = None  # run's folder or checkpoint to evaluate instead of training
+    eval_episodes: int = 10  # episodes to evaluate
+
+
+# ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """The environment, rendering to pictures if asked."""
+    if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
+        # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
+        env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    return env
+
+
+class Actor:
+    """One of the N actors. Its seed and its actions so far are all it takes to bring a running episode back."""
+
+    def __init__(self, env: gym.Env):
+        self.env = env
+        self.reset()
+
+    def reset(self, seed: int | None = None, actions: np.ndarray = ()) -> None:
+        """A new episode, or that of a checkpoint: its actions taken again."""
+        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
+        self.actions, self.episodic_return = [], 0.0
+        self.obs, _ = self.env.reset(seed=self.seed)
+        for action in actions:
+            _, _, terminated, truncated = self.step(action)
+            if terminated or truncated:  # a simulator that doesn't repeat itself
+                return self.reset()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
+        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, reward, terminated, truncated
+
+
+# ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """inputs → 64 → 64 → outputs, with tanh between.
+
+    [DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class RunningNorm(nn.Module):
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """x: (B, size). Pools two samples' moments (Chan et al. 1979)."""
+        self.count += len(x)
+        weight = (len(x) / self.count).float()
+        delta = x.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (x.var(0, correction=0) - self.var) + weight * (1 - weight) * delta**2
+        self.std = (self.var + 1e-8).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+class Agent(nn.Module):
+    """Policy πθ(a|s), value function V(s), and the running statistics of what the two see."""
+
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        S, A = observation_space.shape[0], action_space.n if self.discrete else action_space.shape[0]
+        self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
+        self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
+        self.critic = mlp(S, 1, gain=1.0)
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
+
+    def noise(self, *shape: int) -> Tensor:
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        shape = (*shape, self.actor[-1].out_features)
+        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
+
+    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """(N,S) → (N[,A]): an action drawn from πθ(·|s); without noise the most probable one"""
+        output = self.actor(self.obs_norm(obs)) + noise
+        return output.argmax(-1) if self.discrete else output
+
+    def log_prob(self, output: Tensor, action: Tensor) -> Tensor:
+        """actor's output (B,A), action (B[,A]) → log πθ(a|s) (B,)"""
+        if self.discrete:
+            return softmax_log_prob(output, action)
+        return gaussian_log_prob(output, self.log_std, action)
+
+    def entropy(self, output: Tensor) -> Tensor:
+        """actor's output (B,A) → mean entropy of πθ(·|s), in nats"""
+        return softmax_entropy(output).mean() if self.discrete else gaussian_entropy(self.log_std)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
+
+    def value(self, x: Tensor) -> Tensor:
+        """normalised obs x (B,S) → V(s) (B,), in the rewards' unit"""
+        return self.value_norm.inverse(self.critic(x).squeeze(-1))
+
+
+def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
+
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    parameters = list(parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    theta.grad = torch.zeros_like(theta)
+    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
+        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    return theta
+
+
+# ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+    """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
+    z = (action - mean) * (-log_std).exp()
+    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """H = Σ_A log σ + ½ log 2πe in nats;   log_std (A,) → ()"""
+    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * log_std.numel()
+
+
+def softmax_log_prob(scores: Tensor, action: Tensor) -> Tensor:
+    """log πθ(a|s) = f_θ(s,a) − log Σ_a' exp f_θ(s,a');   scores (B,A), action (B,) → (B,)"""
+    # [PG-SOFTMAX] in logarithms. [PG-LOGGRAD] The derivative of log Σ exp f is the expectation of ∂f under πθ.
+    return scores.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+
+def softmax_entropy(scores: Tensor) -> Tensor:
+    """H = −Σ_a π log π in nats;   scores (B,A) → (B,)"""
+    log_probs = scores.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def score_loss(log_prob: Tensor, weight: Tensor, episodes: int) -> Tensor:
+    """−1/N Σ_t log πθ(a_t|s_t) · weight_t, whose gradient is −∂J/∂θ's estimate;   log_prob, weight (B,) → ()
+
+    The weight is G_t, a sample of Q^πθ(s_t,a_t), or an advantage; no gradient passes through it."""
+    return -(log_prob * weight).sum() / episodes  # [PG-THM] [PG-BACKPROP]
+
+
+def returns_to_go(rewards: Tensor, gamma: float, last: float = 0.0) -> Tensor:
+    """G_t = r_t + γ G_{t+1} of one episode, G_T+1 = last;   rewards (T,) → (T,), in the rewards' unit"""
+    returns, g = torch.empty_like(rewards), last
+    for t in reversed(range(len(rewards))):
+        returns[t] = g = rewards[t] + gamma * g
+    return returns
+
+
+def missing_share(steps: int, truncated: bool, gamma: float) -> Tensor:
+    """Share γ^{T−t} of the weights 1, γ, γ², … in G_t that fall after the episode's end, 0 if that was its own;  → (T,)"""
+    return truncated * gamma ** torch.arange(steps, 0, -1)
+
+
+# ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Episode(NamedTuple):
+    obs: Tensor  # (T,S) and so on, as in the table above
+    actions: Tensor
+    rewards: Tensor
+    last_obs: Tensor  # (S,), the observation after the last action
+    truncated: bool  # the episode was cut, by a time limit say, rather than over
+
+
+@torch.no_grad()
+def collect(agent: Agent, actors: list[Actor], device: torch.device) -> list[Episode]:
+    """[RF-2] for each episode ~ πθ: N at a time, one from each actor"""
+    for actor in actors:
+        actor.reset()
+    steps = [[] for _ in actors]  # of each actor: (s_t, a_t, r_t)
+    truncated, running = [False for _ in actors], list(range(len(actors)))
+    while running:
+        obs = np.array([actors[n].obs for n in running], np.float32)
+        actions = agent.act(torch.from_numpy(obs).to(device), agent.noise(len(running)).to(device)).cpu().numpy()
+        still = []
+        for n, s, a in zip(running, obs, actions):
+            _, reward, terminated, cut = actors[n].step(a)
+            steps[n].append((s, a, np.float32(reward)))
+            truncated[n] = cut and not terminated
+            if not (terminated or cut):
+                still.append(n)
+        running = still
+    return [
+        Episode(*(torch.as_tensor(np.array(y), device=device) for y in zip(*steps[n])),
+                torch.as_tensor(np.float32(actor.obs), device=device), truncated[n])
+        for n, actor in enumerate(actors)
+    ]
+
+
+# ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimizer: torch.optim.Optimizer,
+           value_optimizer: torch.optim.Optimizer, episodes: list[Episode], args: Args) -> dict[str, float]:
+    """What is learned from N episodes."""
+    obs, actions = (torch.cat([episode[i] for episode in episodes]) for i in (0, 1))
+    with torch.no_grad():
+        x = agent.obs_norm(obs)
+        last = agent.value(agent.obs_norm(torch.stack([episode.last_obs for episode in episodes])))
+        returns = torch.cat([
+            returns_to_go(episode.rewards, args.gamma, value if args.baseline and episode.truncated else 0.0)
+            for episode, value in zip(episodes, last)
+        ])
+        missing = torch.cat([missing_share(len(episode.rewards), episode.truncated, args.gamma) for episode in episodes])
+        known = (missing <= (1 if args.baseline else TAIL)).to(x.device)
+        values = agent.value(x)
+        weights = returns - values if args.baseline else returns  # [A2C-ADV]
+        if args.norm_returns and known.any():
+            # [DETAIL] Returns of one sign push all actions the same way, and their size would decide the step's.
+            weights = (weights - weights[known].mean()) / (weights[known].std(correction=0) + 1e-8)
+    # [RF-3] for t = 1 to T do: all t of all episodes at once
+    log_prob = agent.log_prob(agent.actor(x), actions)
+    policy_loss = score_loss(log_prob[known], weights[known], len(episodes))
+    # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
+    theta.grad.zero_()
+    policy_loss.backward()
+    policy_optimizer.step()
+    # [RF-5] end for
+    metrics = {"losses/policy_loss": policy_loss.item(), "losses/entropy": agent.entropy(agent.actor(x)).item()}
+    if args.baseline:
+        agent.value_norm.update(returns[:, None])
+        targets, losses = agent.value_norm(returns), []
+        for _ in range(args.value_epochs):
+            for mb in torch.randperm(len(x)).split(64):
+                value_loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - targets[mb]).square().mean()
+                phi.grad.zero_()
+                value_loss.backward()
+                value_optimizer.step()
+                losses.append(value_loss.detach())
+        explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+        metrics["losses/value_loss"] = torch.stack(losses).mean().item()
+        metrics["losses/explained_variance"] = explained.item()
+    agent.obs_norm.update(obs)
+    return metrics
+
+
+# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+
+METRICS = (
+    "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
+    "losses/entropy", "losses/explained_variance",
+)
+CHECKPOINT_SECONDS = 10  # what a crash costs at most
+
+
+class Failure(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
+class Run:
+    """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.args, self.signal = args, 0
+        self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
+        if checkpoint:
+            self.folder = checkpoint_path(args.resume).parent
+        else:
+            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+            self.folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
+            self.folder.mkdir(parents=True)
+        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
+        self.write("config.json", json.dumps(config, indent=2).encode())
+        self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
+        if checkpoint:  # the rows after the checkpoint will be made again
+            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
+        self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
+        if self.metrics.tell() == 0:
+            self.writer.writeheader()
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    id=self.folder.name, name=self.folder.name, dir=self.folder, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+        step = checkpoint["global_step"] if checkpoint else 0
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
+        self.saved = time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, _frame) -> None:
+        """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One row: an episode that ended at this step, or an iteration that did."""
+        row = {"global_step": step, **metrics}
+        self.writer.writerow(row)
+        if self.args.track:
+            self.wandb.log(row)
+        if "charts/episodic_return" in metrics:
+            self.returns.append(metrics["charts/episodic_return"])
+            self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def sps(self, step: int) -> int:
+        return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+
+    def save(self, state: dict) -> None:
+        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": self.bar.n, "returns": list(self.returns)}
+        state["metrics_size"] = self.metrics.tell()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+        self.saved = time.time()
+
+    def write(self, name: str, data: bytes) -> None:
+        """A crash or a full disk leaves the old file or the new one, never half of one."""
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+def open_envs(args: Args, count: int) -> list[gym.Env]:
+    """The environments, once the first has shown that the algorithm can serve it."""
+    try:
+        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
+        envs[0].reset(seed=args.seed)
+        if args.capture_video:
+            envs[0].render()
+    except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
+        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
+        raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
+    observed, acted = envs[0].observation_space, envs[0].action_space
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
+        raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
+        raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
+    return envs
+
+
+def record(env: gym.Env, folder: Path, name: str) -> gym.Env:
+    return gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=True)
+
+
+def train(args: Args, checkpoint: dict | None) -> int:
+    """Iterates from the start or from a checkpoint; returns the signal that stopped it, or 0."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = open_envs(args, args.num_envs)
+    agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
+    # [RF-1] initialise θ arbitrarily
+    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    policy_optimizer = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
+    value_optimizer = torch.optim.Adam([phi], lr=args.value_lr, fused=True)
+    step = 0
+    if checkpoint:
+        step = checkpoint["global_step"]
+        if step >= args.total_timesteps:
+            raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
+        agent.load_state_dict(checkpoint["agent"])
+        policy_optimizer.load_state_dict(checkpoint["policy_optimizer"])
+        value_optimizer.load_state_dict(checkpoint["value_optimizer"])
+    with contextlib.closing(Run(args, checkpoint)) as run:
+        if args.capture_video:
+            envs[0] = record(envs[0], run.folder, f"step-{step}")
+        actors = [Actor(env) for env in envs]
+        if checkpoint:
+            torch.set_rng_state(checkpoint["rng_state"])
+        while step < args.total_timesteps and not run.signal:
+            episodes = collect(agent, actors, device)
+            losses = update(agent, theta, phi, policy_optimizer, value_optimizer, episodes, args)
+            if not all(map(math.isfinite, losses.values())):
+                raise Failure(f"the losses after step {step} aren't finite: lower --learning-rate, or look for NaN in "
+                              f"the environment's observations and rewards; {run.folder} is as last saved")
+            for actor in actors:
+                step += len(actor.actions)
+                run.log(step, {"charts/episodic_return": actor.episodic_return,
+                               "charts/episodic_length": len(actor.actions)})
+            run.log(step, {"charts/SPS": run.sps(step), **losses})
+            last = step >= args.total_timesteps
+            if last or run.signal or time.time() - run.saved > CHECKPOINT_SECONDS:
+                run.save({
+                    "agent": agent.state_dict(),
+                    "policy_optimizer": policy_optimizer.state_dict(),
+                    "value_optimizer": value_optimizer.state_dict(),
+                    "rng_state": torch.get_rng_state(),
+                })
+        # [RF-6] end for
+        # [RF-7] return θ: it is in the checkpoint
+        for env in envs:
+            env.close()
+    print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
+    if run.returns:
+        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+    print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
+    return run.signal
+
+
+def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
+    """(return, length) of episodes with the most probable actions, while nothing learns"""
+    results = []
+    for episode in range(episodes):
+        actor, over = Actor(env), False
+        while not over:
+            with torch.no_grad():
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
+            over = any(actor.step(action.numpy())[2:])
+        results.append((actor.episodic_return, len(actor.actions)))
+        print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
+    return results
+
+
+def checkpoint_path(path: str) -> Path:
+    """A run's folder stands for the checkpoint in it."""
+    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+
+
+def load_checkpoint(path: str) -> dict:
+    if not checkpoint_path(path).is_file():
+        raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
+            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
+            script = checkpoint["script"]
+            _ = script != SCRIPT or Args(**checkpoint["args"])
+    except Exception:  # torch.load raises whatever its parts do
+        raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
+    if script != SCRIPT:
+        raise Failure(f"{path} was made by {script}.py: go on with that script")
+    return checkpoint
+
+
+def check(args: Args) -> None:
+    rules = {
+        "--num-envs, --total-timesteps, --value-epochs, --eval-episodes: at least 1": min(
+            args.num_envs, args.total_timesteps, args.value_epochs, args.eval_episodes) >= 1,
+        "--learning-rate, --value-lr: above 0, and finite": all(
+            0 < x < math.inf for x in (args.learning_rate, args.value_lr)),
+        "--gamma: from 0 to 1": 0 <= args.gamma <= 1,
+        "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,
+    }
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        raise Failure("; ".join(broken))
+
+
+def parse(default: Args) -> Args:
+    """The command line over `default`, with tyro's boxed complaints in one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args, default=default, description=__doc__.partition("\n")[0])
+        except SystemExit as end:
+            if not end.code:
+                raise
+    raise Failure(" ".join(re.findall(r"[^\s╭╮╰╯─│]+", box.getvalue().partition("\n")[2])))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
+    torch.set_num_threads(1)  # matrices this small take longer when they are shared out
+    try:
+        args, checkpoint = parse(Args()), None
+        if path := args.resume or args.evaluate:
+            checkpoint = load_checkpoint(path)
+            saved = Args(**checkpoint["args"])
+            args = parse(saved)
+            if (args.env_id, args.num_envs) != (saved.env_id, saved.num_envs):
+                raise Failure(f"{path} has --env-id {saved.env_id} --num-envs {saved.num_envs}: leave them so")
+        check(args)
+        torch.manual_seed(args.seed)
+        if args.evaluate:
+            (env,) = open_envs(args, 1)
+            agent = Agent(env.observation_space, env.action_space)
+            agent.load_state_dict(checkpoint["agent"])
+            if args.capture_video:
+                env = record(env, checkpoint_path(path).parent, "evaluation")
+            returns, _ = zip(*evaluate(agent, env, args.eval_episodes))
+            env.close()
+            print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+        elif number := train(args, checkpoint):
+            sys.exit(128 + number)
+    except (Failure, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'the disk'}: {error.strerror}; make room for it or choose another --runs-dir"
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The scripts under test, and how to run one."""
+
+import ast
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Script:
+    name: str
+    tiny: tuple[str, ...]  # flags of an iteration of `batch` steps that takes a moment
+    batch: int
+    learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last 100 returns, by which flags
+    actors: str = "num_envs"  # the flag that counts actors
+    environments: tuple[str, ...] = ("Hopper-v4", "Hopper-v5", "CartPole-v1", "Pendulum-v1")
+
+    @property
+    def path(self) -> Path:
+        return ROOT / f"{self.name}.py"
+
+    @property
+    def source(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def syntax(self) -> ast.Module:
+        return ast.parse(self.source)
+
+
+def skip_unless_suited(script: Script, env_id: str) -> None:
+    if env_id not in script.environments:
+        pytest.skip(f"{script.name} isn't for {env_id}")
+
+
+SCRIPTS = [
+    Script(
+        "ppo_clip",
+        tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
+        batch=128,
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000", "--num-steps", "128",
+                                     "--minibatch-size", "256", "--learning-rate", "2e-3")),
+    ),
+]
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """This process's variables for a script's: no screen, one thread, the test environments within reach."""
+    screen = {"DISPLAY": None, "WAYLAND_DISPLAY": None, "XDG_RUNTIME_DIR": None}
+    variables = os.environ | screen | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")} | changes
+    return {name: value for name, value in variables.items() if value is not None}
+
+
+def start(path: Path, *flags: str, **options) -> subprocess.Popen:
+    options = {"env": environment(), **options}
+    command = [sys.executable, str(path), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr"""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def run(path: Path, *flags: str, **options) -> tuple[int, str, str]:
+    return finish(start(path, *flags, **options))
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    """Until it holds; a process that ends before has failed the test."""
+    while not condition():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.002)
+
+
+def complaints(err: str) -> list[str]:
+    """The lines of stderr without the progress bar."""
+    lines = re.split(r"[\r\n]+", re.sub(r" *\d+%\|[^]\r\n]* steps[^]\r\n]*]", "", err))
+    return [line for line in lines if line.strip()]
+
+
+def only_run(folder: Path) -> Path:
+    (run_folder,) = folder.iterdir()
+    return run_folder
+
+
+def metrics(run_folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, each as long as the header, but for the one column that time decides."""
+    text = (run_folder / "metrics.csv").read_text()
+    assert text.endswith("\n")
+    header, *rows = csv.reader(text.splitlines())
+    assert all(len(row) == len(header) for row in rows)
+    return [{name: value for name, value in zip(header, row) if name != "charts/SPS"} for row in rows]
+
+
+def iterations(run_folder: Path) -> int:
+    """How many the run has logged so far, perhaps while it is writing"""
+    with open(run_folder / "metrics.csv") as file:
+        return sum(bool(row["losses/policy_loss"]) for row in csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,189 @@
+"""Whatever is wrong is told in one line, with exit code 2, and nothing is written."""
+
+import errno
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import envs  # noqa: F401, registers them
+import pytest
+import torch
+from helpers import SCRIPTS, complaints, contents, environment, only_run, run
+
+FLAGS = {
+    "an_unknown_environment": (["--env-id", "Nowhere-v0"], "Nowhere"),
+    "an_unknown_version": (["--env-id", "CartPole-v99"], "CartPole"),
+    "a_missing_package": (["--env-id", "no_such_package:Env-v0"], "no_such_package"),
+    "an_environment_that_fails": (["--env-id", "Crash-v0"], "the simulator isn't there"),
+    "a_dict_observed": (["--env-id", "DictObservation-v0"], "Dict("),
+    "a_number_observed": (["--env-id", "DiscreteObservation-v0"], "Discrete(5)"),
+    "an_image_observed": (["--env-id", "ImageObservation-v0"], "(8, 8, 3)"),
+    "several_choices_to_act_on": (["--env-id", "MultiDiscreteAction-v0"], "MultiDiscrete"),
+    "a_matrix_to_act_with": (["--env-id", "MatrixAction-v0"], "(2, 2)"),
+    "integers_to_act_with": (["--env-id", "IntegerAction-v0"], "int64"),
+    "actions_from_one_on": (["--env-id", "DiscreteFromOneAction-v0"], "start=1"),
+    "no_steps": (["--total-timesteps", "0"], "--total-timesteps"),
+    "less_than_an_iteration": (["--total-timesteps", "127"], "--total-timesteps"),
+    "no_episodes": (["--eval-episodes", "0"], "--eval-episodes"),
+    "a_negative_seed": (["--seed", "-1"], "--seed"),
+    "a_gamma_above_one": (["--gamma", "1.01"], "--gamma"),
+    "a_gamma_that_is_no_number": (["--gamma", "nan"], "--gamma"),
+    "no_learning": (["--learning-rate", "0"], "--learning-rate"),
+    "a_learning_rate_that_is_no_number": (["--learning-rate", "nan"], "--learning-rate"),
+    "an_unknown_flag": (["--sede", "1"], "--sede"),
+    "a_word_for_a_number": (["--seed", "one"], "--seed"),
+    "a_fraction_for_an_integer": (["--total-timesteps", "1e6"], "--total-timesteps"),
+    "a_value_missing": (["--seed"], "--seed"),
+    "a_value_for_a_switch": (["--cuda", "False"], "False"),
+    "nothing_to_resume": (["--resume", "nowhere"], "nowhere"),
+    "nothing_to_evaluate": (["--evaluate", "nowhere/checkpoint.pt"], "nowhere/checkpoint.pt"),
+}
+FLAGS_OF_ONE = {
+    "ppo_clip": {
+        "minibatches_that_do_not_divide": (["--minibatch-size", "48"], "--minibatch-size"),
+        "empty_minibatches": (["--minibatch-size", "0"], "--minibatch-size"),
+        "no_actors": (["--num-envs", "0"], "--num-envs"),
+        "no_epochs": (["--update-epochs", "0"], "--update-epochs"),
+        "a_negative_lambda": (["--gae-lambda", "-0.1"], "--gae-lambda"),
+        "a_clip_coef_of_nothing": (["--clip-coef", "0"], "--clip-coef"),
+        "a_clip_coef_that_is_no_number": (["--clip-coef", "nan"], "--clip-coef"),
+        "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
+        "an_entropy_bonus_below_zero": (["--ent-coef", "-1"], "--ent-coef"),
+    },
+}
+
+
+def assert_one_line(code, err, *words):
+    assert len(complaints(err)) == 1, err
+    (line,) = complaints(err)
+    assert code == 2 and line.startswith("error: ") and "Traceback" not in err
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The runs folder, empty, in a folder of its own that is the working directory"""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    return runs
+
+
+@pytest.fixture
+def folder(trained, runs):
+    """A complete run's"""
+    return shutil.copytree(trained, runs / "run")
+
+
+# ── Flags ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("script, flags, word", [
+    pytest.param(script, *case, id=f"{script.name}-{name}")
+    for script in SCRIPTS for name, case in (FLAGS | FLAGS_OF_ONE[script.name]).items()
+], indirect=["script"])
+def test_a_wrong_flag_is_named_and_nothing_is_written(script, main, runs, flags, word):
+    code, out, err = main(*script.tiny, "--total-timesteps", script.batch, *flags)
+    assert_one_line(code, err, word)
+    assert out == "" and contents(runs.parent) == {} and list(runs.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--sede", "1"], "--sede"),
+    (["--env-id", "envs:Crash-v0"], "the simulator isn't there"),
+    (["--env-id", "Hopper-v5", "--capture-video"], "MUJOCO_GL"),
+])
+def test_a_process_too_ends_in_one_line(script, runs, flags, word):
+    no_graphics = environment(MUJOCO_GL="off")
+    code, out, err = run(script.path, *script.tiny, *flags, cwd=runs.parent, env=no_graphics)
+    assert_one_line(code, err, word)
+    assert out == "" and list(runs.iterdir()) == []
+
+
+# ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Malicious:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def edit(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+DAMAGE = {
+    "half_of_it": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "nothing": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("global_step,charts/SPS\n1,2\n"),
+    "another_dictionary": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "a_tensor": lambda path: torch.save(torch.zeros(3), path),
+    "unknown_settings": lambda path: edit(path, lambda checkpoint: checkpoint["args"].update(unknown=1)),
+    "malice": lambda path: torch.save(Malicious(), path),
+    "malice_in_a_plain_pickle": lambda path: path.write_bytes(pickle.dumps(Malicious())),
+}
+
+
+@pytest.mark.parametrize("use", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_file_that_is_no_checkpoint_is_neither_used_nor_changed_nor_run(main, folder, damage, use):
+    damage(folder / "checkpoint.pt")
+    before = contents(folder.parent.parent)
+    code, out, err = main(use, folder)
+    assert_one_line(code, err, str(folder), "not a checkpoint")
+    assert out == "" and contents(folder.parent.parent) == before
+
+
+@pytest.mark.parametrize("args", [{}, {"a_flag_of_its_own": 1}], ids=["like_ours", "with_flags_of_its_own"])
+def test_the_checkpoint_of_another_script_is_told_by_that_scripts_name(main, folder, args):
+    edit(folder / "checkpoint.pt", lambda checkpoint: (
+        checkpoint.update(script="another_script"), checkpoint["args"].update(args)))
+    before = contents(folder)
+    code, _, err = main("--resume", folder)
+    assert_one_line(code, err, "another_script.py")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("flags, word", [
+    ([], "complete"),
+    (["--env-id", "CartPole-v1"], "--env-id"),
+    (["--sede", "1"], "--sede"),
+    (["--total-timesteps", "more"], "--total-timesteps"),
+])
+def test_a_run_that_cannot_go_on_so_stays_as_it_is(main, folder, flags, word):
+    before = contents(folder)
+    code, out, err = main("--resume", folder, *flags)
+    assert_one_line(code, err, word)
+    assert out == "" and contents(folder) == before
+
+
+def test_a_runs_folder_that_cannot_be_written_to_is_named(script, main, runs):
+    (runs / "file").write_text("")
+    folder = runs / "file" / "runs"
+    code, out, err = main(*script.tiny, "--env-id", script.environments[-1], "--runs-dir", folder)
+    assert_one_line(code, err, str(runs / "file"))
+    assert contents(runs) == {"file": b""}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(script, module, main, folder, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = contents(folder)
+    monkeypatch.setattr(module.os, "fsync", full)
+    code, _, err = main("--resume", folder, "--total-timesteps", 2 * script.batch)
+    assert_one_line(code, err, "No space left")
+    assert contents(folder) == before
+
+
+# ── Environments ────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("env_id", ["NanReward-v0", "NanObservation-v0"])
+def test_nan_from_the_environment_ends_the_run_before_it_is_saved(script, main, runs, env_id):
+    code, _, err = main(*script.tiny, "--env-id", env_id, "--total-timesteps", 3 * script.batch)
+    assert_one_line(code, err, "NaN", "environment")
+    assert sorted(path.name for path in only_run(runs).iterdir()) == ["config.json", "metrics.csv"]

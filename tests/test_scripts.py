@@ -1,0 +1,333 @@
+"""What every script promises: to repeat itself, to stop and go on, to stand alone, and to be documented."""
+
+import ast
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+import tomllib
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT, complaints, contents, environment, finish, iterations, metrics, only_run, run, skip_unless_suited,
+    start, wait_for,
+)
+
+SHARED_FLAGS = (
+    "env-id seed total-timesteps cuda no-cuda track wandb-project-name wandb-entity capture-video runs-dir "
+    "resume evaluate eval-episodes"
+).split()
+STEPS = 6000  # long enough to be interrupted
+
+
+def train(script, runs_dir, *flags):
+    code, out, err = run(script.path, *script.tiny, "--runs-dir", runs_dir, *flags)
+    assert (code, complaints(err)) == (0, []), err
+    return only_run(runs_dir)
+
+
+def interrupt(script, runs_dir, *flags, number=signal.SIGINT):
+    """A run's folder after it was asked to stop in the midst of it, and the exit code"""
+    process = start(script.path, *script.tiny, "--runs-dir", runs_dir, *flags)
+    wait_for(lambda: list(runs_dir.glob("*/metrics.csv")), process)
+    wait_for(lambda: iterations(only_run(runs_dir)) >= 2, process)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert complaints(err) == [] and "stopped early" in out
+    return only_run(runs_dir), code
+
+
+def load(run_folder):
+    return torch.load(run_folder / "checkpoint.pt", weights_only=True)
+
+
+def column(run_folder, name):
+    return [float(row[name]) for row in metrics(run_folder) if row[name]]
+
+
+@pytest.fixture(scope="session", params=["Hopper-v4", "CartPole-v1"])
+def task(script, request):
+    skip_unless_suited(script, request.param)
+    return "--env-id", request.param, "--total-timesteps", STEPS
+
+
+@pytest.fixture(scope="session")
+def whole(script, task, tmp_path_factory):
+    """A run from start to end"""
+    return train(script, tmp_path_factory.mktemp("whole"), *task)
+
+
+@pytest.fixture(scope="session")
+def stopped(script, task, tmp_path_factory):
+    """The same run, stopped by Ctrl-C: its folder, exit code"""
+    return interrupt(script, tmp_path_factory.mktemp("stopped"), *task)
+
+
+# ── Running ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5", "CartPole-v1", "Pendulum-v1"])
+def test_an_environment_of_each_kind_runs_and_leaves_a_checkpoint_and_metrics(script, env_id, tmp_path):
+    skip_unless_suited(script, env_id)
+    folder = train(script, tmp_path, "--env-id", env_id, "--total-timesteps", 3 * script.batch)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    assert json.loads((folder / "config.json").read_text())["args"]["env_id"] == env_id
+    assert load(folder)["global_step"] == 3 * script.batch
+    header = (folder / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert header[0] == "global_step"
+    assert {"charts/episodic_return", "charts/SPS", "losses/policy_loss"} <= set(header)
+    assert len(column(folder, "losses/policy_loss")) == 3
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(script, task, whole, tmp_path):
+    again, other = (train(script, tmp_path / seed, *task, "--seed", seed) for seed in ("1", "2"))
+    assert metrics(again) == metrics(whole) != metrics(other)
+
+
+def test_a_task_is_learned(script, tmp_path):
+    env_id, threshold, flags = script.learns
+    code, _, err = run(script.path, "--env-id", env_id, "--runs-dir", tmp_path, *flags)
+    assert code == 0, err
+    returns = column(only_run(tmp_path), "charts/episodic_return")
+    assert len(returns) >= 100 and np.mean(returns[-100:]) >= threshold
+
+
+def test_a_copy_alone_in_an_empty_folder_runs(script, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(script.path, alone)
+    code, _, err = run(alone / script.path.name, *script.tiny, "--total-timesteps", script.batch,
+                       "--env-id", script.environments[-1], "--runs-dir", "here", cwd=alone,
+                       env=environment(PYTHONPATH=None))
+    assert (code, complaints(err)) == (0, [])
+    assert sorted(path.name for path in alone.iterdir()) == ["here", script.path.name]
+    assert (only_run(alone / "here") / "checkpoint.pt").is_file()
+
+
+def test_captured_video_plays_and_needs_no_screen(script, tmp_path):
+    env_id = script.environments[-2]
+    folder = train(script, tmp_path, "--env-id", env_id, "--capture-video", "--total-timesteps", script.batch)
+    (path,) = folder.glob("videos/*episode-0.mp4")
+    with imageio.get_reader(path) as video:
+        first, *_, last = video
+    assert first.ndim == 3 and min(first.shape) > 2 and first.std() > 1  # a picture, not one colour
+    assert not np.array_equal(first, last)  # in which something moves
+
+
+def test_tracking_offline_leaves_its_run_in_the_runs_folder(script, tmp_path):
+    folders = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
+    code, _, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track",
+                       "--total-timesteps", script.batch, "--runs-dir", tmp_path / "runs", cwd=tmp_path,
+                       env=environment(WANDB_MODE="offline", **folders))
+    assert code == 0, err
+    assert list(only_run(tmp_path / "runs").glob("wandb/offline-run-*/*.wandb"))
+
+
+# ── Stopping and going on ───────────────────────────────────────────────────────────────────────────────────
+
+def assert_saved_in_the_midst(script, folder):
+    steps = column(folder, "global_step")
+    ends = [float(row["global_step"]) for row in metrics(folder) if row["losses/policy_loss"]]
+    assert load(folder)["global_step"] == steps[-1] == ends[-1] < STEPS - script.batch
+    assert steps == sorted(steps) and len(set(ends)) == len(ends)
+
+
+def test_ctrl_c_saves_and_exits_with_130(script, stopped):
+    folder, code = stopped
+    assert code == 130
+    assert_saved_in_the_midst(script, folder)
+
+
+def test_sigterm_saves_and_exits_with_143(script, tmp_path):
+    flags = "--env-id", "Pendulum-v1", "--total-timesteps", STEPS
+    folder, code = interrupt(script, tmp_path, *flags, number=signal.SIGTERM)
+    assert code == 143
+    assert_saved_in_the_midst(script, folder)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_iterations_end(script, tmp_path):
+    process = start(script.path, *script.tiny, "--env-id", "envs:Stuck-v0", "--runs-dir", tmp_path)
+    assert process.stdout.readline() == "stuck\n"
+    began = time.time()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    code, _, err = finish(process)
+    assert (code, complaints(err)) == (130, []) and time.time() - began < 30
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    one, other = load(one), load(other)
+    assert one["global_step"] == other["global_step"] and one["returns"] == other["returns"]
+    assert one["agent"].keys() == other["agent"].keys()
+    assert all(torch.equal(x, other["agent"][name]) for name, x in one["agent"].items())
+
+
+@pytest.mark.parametrize("left_behind", ["", "99999,1.0,"], ids=["interrupted", "crashed_later"])
+def test_a_resumed_run_equals_an_uninterrupted_one(script, whole, stopped, tmp_path, left_behind):
+    folder = shutil.copytree(stopped[0], tmp_path / "moved")
+    with open(folder / "metrics.csv", "a") as file:
+        file.write(left_behind)
+    code, _, err = run(script.path, "--resume", folder)
+    assert (code, complaints(err)) == (0, [])
+    assert_same_run(folder, whole)
+    assert sorted(contents(folder)) == sorted(contents(whole))
+
+
+def test_a_complete_run_goes_on_with_a_larger_total(script, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "moved")
+    more = STEPS + 2 * script.batch
+    code, _, err = run(script.path, "--resume", folder / "checkpoint.pt", "--total-timesteps", more)
+    assert (code, complaints(err)) == (0, [])
+    before, after = metrics(whole), metrics(folder)
+    assert after[:len(before)] == before
+    assert load(folder)["global_step"] == load(whole)["global_step"] + 2 * script.batch
+
+
+# ── Evaluating ──────────────────────────────────────────────────────────────────────────────────────────────
+
+class Watched(gym.Wrapper):
+    """Remembers each observation and what was done about it."""
+
+    def reset(self, **options):
+        self.seen = getattr(self, "seen", [])
+        self.obs, info = super().reset(**options)
+        return self.obs, info
+
+    def step(self, action):
+        self.seen.append((self.obs, action))
+        self.obs, *others = super().step(action)
+        return self.obs, *others
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "CartPole-v1"])
+def test_a_saved_agent_plays_as_before_it_was_saved(script, module, main, monkeypatch, tmp_path, env_id):
+    skip_unless_suited(script, env_id)
+    saved = []
+    save = module.Run.save
+
+    def spy(run, state):
+        saved.append({name: x.clone() for name, x in state["agent"].items()})
+        save(run, state)
+
+    monkeypatch.setattr(module.Run, "save", spy)
+    flags = "--env-id", env_id, "--total-timesteps", 3 * script.batch, "--runs-dir", tmp_path
+    assert main(*script.tiny, *flags)[0] == 0
+
+    def play(state):
+        env = Watched(module.make_env(env_id))
+        agent = module.Agent(env.observation_space, env.action_space)
+        agent.load_state_dict(state)
+        torch.manual_seed(7)
+        results = module.evaluate(agent, env, 4)
+        assert all(torch.equal(x, state[name]) for name, x in agent.state_dict().items())  # it only played
+        for obs, action in env.seen:  # by the most probable actions
+            mode = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None])[0]
+            assert np.array_equal(mode.detach(), action)
+        assert len(env.seen) == sum(length for _, length in results) and len(results) == 4
+        return results
+
+    assert play(saved[-1]) == play(module.load_checkpoint(str(only_run(tmp_path)))["agent"])
+
+
+def test_evaluating_prints_each_episode_and_the_mean_and_changes_nothing(module, main, monkeypatch, trained):
+    def spy(agent, *others, evaluate=module.evaluate):
+        evaluated.append(agent.state_dict())
+        return evaluate(agent, *others)
+
+    evaluated, before = [], contents(trained)
+    monkeypatch.setattr(module, "evaluate", spy)
+    code, out, err = main("--evaluate", trained, "--eval-episodes", 3)
+    assert (code, err) == (0, "")
+    assert all(torch.equal(x, evaluated[0][name]) for name, x in load(trained)["agent"].items())
+    *lines, summary = out.splitlines()
+    line_of_one = r"episode (\d+): return (-?[\d.]+), length \d+"
+    episodes = [re.fullmatch(line_of_one, line).groups() for line in lines]
+    returns = [float(episodic_return) for _, episodic_return in episodes]
+    mean, std, count = re.fullmatch(r"return (-?[\d.]+) ± ([\d.]+) over (\d+) episodes", summary).groups()
+    assert [number for number, _ in episodes] == ["0", "1", "2"] and count == "3"
+    assert float(mean) == pytest.approx(np.mean(returns), abs=0.11)  # of numbers printed with one decimal
+    assert float(std) == pytest.approx(np.std(returns), abs=0.11)
+    assert contents(trained) == before
+
+
+# ── The source ──────────────────────────────────────────────────────────────────────────────────────────────
+
+IDENTIFIER = r"[A-Z][A-Z0-9]*(?:-[A-Z0-9]+)+"
+
+
+def arguments(script):
+    (args,) = [node for node in script.syntax.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    return {field.target.id: field for field in args.body}
+
+
+def metadata(script):
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", script.source, re.M)
+    return tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
+
+
+def test_every_flag_does_something(script):
+    used = set()
+    for part in script.syntax.body:
+        if getattr(part, "name", None) in ("Args", "check"):  # to name or to validate a flag isn't to heed it
+            continue
+        for node in ast.walk(part):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
+                used.add(node.attr)
+    assert set(arguments(script)) - used == set()
+
+
+def test_every_flag_is_explained(script):
+    lines = script.source.splitlines()
+    for name, field in arguments(script).items():
+        assert re.search(r"  # \S+ \S+", lines[field.lineno - 1]), f"{name} has no comment"
+
+
+def test_the_help_shows_the_shared_flags(script, main):
+    code, out, err = main("--help")
+    assert (code, err) == (0, "")
+    shown = set(re.findall(r"--([a-z-]+)", out))
+    assert {*SHARED_FLAGS, script.actors.replace("_", "-")} - shown == set()
+    assert {name.replace("_", "-") for name in arguments(script)} - shown == set()
+
+
+def test_each_line_of_the_slides_is_cited_where_the_code_does_it_and_in_their_order(script):
+    header = ast.get_docstring(script.syntax, clean=False)
+    body = script.source.partition(header)[2]
+    defined = list(dict.fromkeys(re.findall(rf"^ +({IDENTIFIER})\s", header, re.M)))
+    cited = list(dict.fromkeys(re.findall(rf"\[({IDENTIFIER})\]", body)))
+    assert len(defined) >= 3 and cited == defined
+
+
+def test_a_detail_beyond_the_slides_gives_its_reason(script):
+    details = re.findall(r"\[DETAIL\]([^\n]*)", script.source.partition('"""\n\nimport')[2])
+    assert details and all(len(reason.split()) >= 3 for reason in details)
+
+
+def test_the_metadata_names_what_requirements_txt_does(script):
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert sorted(metadata(script)["dependencies"]) == sorted(requirements)
+    assert re.fullmatch(r">=3\.\d+", metadata(script)["requires-python"])
+
+
+def test_the_licence_stands_in_the_script(script):
+    assert "# SPDX-License-Identifier: MIT\n" in script.source
+
+
+def test_the_script_imports_nothing_but_the_standard_library_and_its_dependencies(script):
+    imported = set()
+    for node in ast.walk(script.syntax):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.partition(".")[0])
+    declared = {re.match(r"[\w-]+", dependency)[0] for dependency in metadata(script)["dependencies"]}
+    assert imported - sys.stdlib_module_names - declared == set()

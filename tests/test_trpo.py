@@ -1,0 +1,449 @@
+"""The mathematics of trpo.py against calculations of another kind."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch import nn
+from torch.distributions import kl_divergence
+
+import ppo_clip
+import ppo_kl
+import trpo
+from oracles import Process, agent_of, code, flat, frozen, gradient, policy
+from trpo import (
+    Actor, Args, Rollout, as_vector, ascended_dual, collect, conjugate_gradient, fit_values, gaussian_kl,
+    make_env, softmax_kl, softmax_log_prob, solve_cg, solve_penalty, surrogate, update,
+)
+
+CPU = torch.device("cpu")
+SPACES = pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "continuous"])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_what_is_only_documented_otherwise_than_in_the_other_scripts_does_the_same():
+    assert code(trpo.gae) == code(ppo_clip.gae) and code(trpo.collect) == code(ppo_clip.collect)
+    assert code(trpo.gaussian_kl) == code(ppo_kl.gaussian_kl) and code(trpo.softmax_kl) == code(ppo_kl.softmax_kl)
+
+
+# ── The surrogate ───────────────────────────────────────────────────────────────────────────────────────────
+
+PROCESSES = pytest.mark.parametrize("seed, gamma", [(0, 0.9), (1, 0.5), (2, 0.99), (3, 0.9)])
+
+
+def pair(seed, gamma, S=4, A=3, distance=1.0):
+    """A decision process and two policies"""
+    process, theta = Process(seed, S, A, gamma), torch.randn(S, A).double()
+    return process, theta, theta + distance * torch.randn(S, A)
+
+
+def expected_surrogate(process, old, new, visits):
+    """The script's surrogate of all states and actions at once, each weighted by how often it is visited"""
+    states, actions = torch.cartesian_prod(*map(torch.arange, process.shape)).T
+    ratio = (softmax_log_prob(new[states], actions) - softmax_log_prob(old[states], actions)).exp()
+    weights = (visits * process.advantages(old)).flatten() * len(states)
+    return surrogate(ratio, weights)
+
+
+@PROCESSES
+def test_the_surrogates_gradient_is_the_policy_gradient(seed, gamma):
+    process, old, _ = pair(seed, gamma)
+    new = old.clone().requires_grad_()
+    value = expected_surrogate(process, old, new, process.visits(old))
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    (slope,) = torch.autograd.grad(value, new)
+    torch.testing.assert_close(slope, process.gradient_of_J(old), rtol=1e-6, atol=1e-8)
+
+
+@PROCESSES
+def test_a_policys_gain_is_the_old_ones_advantage_along_its_own_path(seed, gamma):
+    process, old, new = pair(seed, gamma)
+    gain = process.J(new) - process.J(old)
+    assert abs(gain) > 1e-3
+    torch.testing.assert_close((process.visits(new) * process.advantages(old)).sum(), gain)
+
+
+@PROCESSES
+def test_a_policys_gain_is_the_surrogate_in_the_states_that_it_visits_itself(seed, gamma):
+    process, old, new = pair(seed, gamma)
+    states = process.visits(new).sum(1, keepdim=True)
+    value = expected_surrogate(process, old, new, states * old.softmax(-1))
+    torch.testing.assert_close(value, process.J(new) - process.J(old))
+
+
+def test_the_surrogate_less_a_multiple_of_the_largest_kl_is_a_lower_bound_of_the_gain():
+    overestimated = 0
+    for seed in range(300):
+        gamma = [0.05, 0.3, 0.9][seed % 3]
+        process, old, new = pair(seed, gamma, distance=[0.01, 0.3, 3.0][seed // 3 % 3])
+        gain = process.J(new) - process.J(old)
+        value = expected_surrogate(process, old, new, process.visits(old))
+        C = 4 * process.advantages(old).abs().max() * gamma / (1 - gamma) ** 2
+        assert gain >= value - C * softmax_kl(new, old).max()
+        overestimated += gain < value
+    assert overestimated > 30  # so that it does take a penalty
+
+
+# ── Conjugate gradient ──────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("P", [1, 2, 7, 40])
+@pytest.mark.parametrize("seed", range(5))
+def test_conjugate_gradient_solves_a_symmetric_positive_definite_system(seed, P):
+    torch.manual_seed(seed)
+    root, g = torch.randn(P, P).double(), torch.randn(P).double()
+    H = root @ root.T + 0.1 * torch.eye(P)
+    x = conjugate_gradient(lambda v: H @ v, g, 10 * P)
+    torch.testing.assert_close(x, torch.linalg.solve(H, g), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_k_iterations_find_the_best_point_that_k_products_span(iterations):
+    root, g = torch.randn(8, 8).double(), torch.randn(8).double()
+    H = root @ root.T + torch.eye(8)
+    krylov = torch.stack([torch.linalg.matrix_power(H, k) @ g for k in range(iterations)], 1)
+    best = krylov @ torch.linalg.solve(krylov.T @ H @ krylov, krylov.T @ g)
+    torch.testing.assert_close(conjugate_gradient(lambda v: H @ v, g, iterations), best)
+
+
+@pytest.mark.parametrize("g, products", [(torch.zeros(3), 0), (torch.tensor([0.0, 4.0, 0.0]), 1)])
+def test_conjugate_gradient_takes_no_product_more_than_it_needs(g, products):
+    calls = []
+    H = torch.tensor([2.0, 4.0, 8.0]).diag()
+    x = conjugate_gradient(lambda v: calls.append(v) or H @ v, g, 25)
+    assert torch.equal(x, g / 4) and len(calls) == products
+
+
+# ── The step ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def problem(space, B=40):
+    """An agent, and what solve_cg is told of a rollout"""
+    agent, x = agent_of(trpo, space), torch.randn(B, 4).double()
+    return agent, x, policy(agent, x).sample(), torch.randn(B).double()
+
+
+def theta_of(agent):
+    return flat(agent.policy_parameters()).detach().clone()
+
+
+def at(agent, theta):
+    """A copy whose policy has the parameters θ"""
+    agent = copy.deepcopy(agent)
+    nn.utils.vector_to_parameters(theta, agent.policy_parameters())
+    return agent
+
+
+def solved(agent, *samples, **settings):
+    """A copy after solve_cg, and its metrics"""
+    agent = copy.deepcopy(agent)
+    theta = as_vector(agent.policy_parameters())
+    return agent, solve_cg(agent, theta, *samples, Args(**settings))
+
+
+def gain_and_kl(old, new, x, action, advantage):
+    """By torch: the surrogate, E[D_KL(πθ' ‖ πθ)]"""
+    pi_old, pi = frozen(old, x), policy(new, x)
+    ratio = pi.log_prob(action).exp() / pi_old.log_prob(action).exp()
+    return (ratio * advantage).mean(), kl_divergence(pi, pi_old).mean()
+
+
+def hessian(of, parameters):
+    slopes = gradient(of, parameters, create_graph=True)
+    return torch.stack([gradient(slope, parameters, retain_graph=True) for slope in slopes])
+
+
+def hessian_of_kl(agent, x):
+    return hessian(kl_divergence(policy(agent, x), frozen(agent, x)).mean(), agent.policy_parameters())
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What solve_cg asked of conjugate_gradient: H as a matrix, g, iterations, the answer x"""
+    asked = []
+
+    def spy(product, g, iterations):
+        H = torch.stack([product(column) for column in torch.eye(len(g), dtype=g.dtype)], 1)
+        asked.append((H, g.clone(), iterations, conjugate_gradient(product, g, iterations)))
+        return asked[-1][-1]
+
+    monkeypatch.setattr(trpo, "conjugate_gradient", spy)
+    return asked
+
+
+@SPACES
+@pytest.mark.parametrize("damping", [0.0, 0.1, 3.0])
+def test_the_product_is_with_the_hessian_of_the_kl_and_the_damping(space, damping, spied):
+    agent, x, *samples = problem(space)
+    solved(agent, x, *samples, cg_damping=damping)
+    expected = hessian_of_kl(agent, x)
+    torch.testing.assert_close(spied[0][0], expected + damping * torch.eye(len(expected)))
+    assert expected.abs().max() > 0.1
+
+
+@SPACES
+def test_both_directions_of_the_kl_have_that_hessian(space):
+    agent, x, _, _ = problem(space)
+    other = hessian(kl_divergence(frozen(agent, x), policy(agent, x)).mean(), agent.policy_parameters())
+    torch.testing.assert_close(other, hessian_of_kl(agent, x))
+
+
+def test_that_hessian_is_the_fisher_information(spied):
+    agent, x, *samples = problem(Discrete(3))
+    solved(agent, x, *samples, cg_damping=0.0)
+    fisher = 0
+    for pi in (policy(agent, row) for row in x):
+        for action in range(3):
+            score = gradient(pi.log_prob(torch.tensor(action)), agent.policy_parameters(), retain_graph=True)
+            fisher = fisher + pi.probs[action].detach() * score.outer(score) / len(x)
+    torch.testing.assert_close(spied[0][0], fisher)
+
+
+@SPACES
+def test_g_is_the_policy_gradient_and_cg_iters_limits_the_iterations(space, spied):
+    agent, x, action, advantage = problem(space)
+    solved(agent, x, action, advantage, cg_iters=7)
+    score = (policy(agent, x).log_prob(action) * advantage).mean()
+    torch.testing.assert_close(spied[0][1], gradient(score, agent.policy_parameters()))
+    assert spied[0][2] == 7
+
+
+@SPACES
+@pytest.mark.parametrize("cg_iters", [2, 200])
+@pytest.mark.parametrize("eps", [1e-4, 0.01])
+def test_the_first_step_tried_is_as_long_as_the_quadratic_trust_region_allows(space, cg_iters, eps, spied):
+    agent, *samples = problem(space)
+    new, metrics = solved(agent, *samples, kl_constraint=eps, cg_iters=cg_iters, cg_damping=0.2)
+    step, H = theta_of(new) - theta_of(agent), spied[0][0]
+    assert metrics["losses/backtracks"] == 0
+    assert (0.5 * step @ H @ step).item() == pytest.approx(eps, rel=1e-6)
+    direction = spied[0][3]
+    assert torch.cosine_similarity(step, direction, 0).item() == pytest.approx(1)
+    if cg_iters == 200:
+        torch.testing.assert_close(direction, torch.linalg.solve(H, spied[0][1]), rtol=1e-5, atol=1e-8)
+
+
+@SPACES
+def test_the_first_acceptable_step_is_taken(space, spied):
+    taken = []
+    for _ in range(12):
+        agent, *samples = problem(space)
+        new, metrics = solved(agent, *samples, kl_constraint=1.0, cg_damping=0.01, backtrack_coef=0.7)
+        H, _, _, x = spied[-1]
+        old_objective = samples[-1].mean()
+        for i in range(10):
+            theta = theta_of(agent) + 0.7**i * x * (2 / (x @ H @ x)).sqrt()
+            objective, kl = gain_and_kl(agent, at(agent, theta), *samples)
+            if kl <= 1.0 and objective > old_objective:
+                break
+        assert metrics["losses/backtracks"] == i
+        torch.testing.assert_close(theta_of(new), theta)
+        assert metrics["losses/kl"].item() == pytest.approx(kl.item())
+        assert metrics["losses/policy_loss"].item() == pytest.approx(-objective.item())
+        taken.append(i)
+    assert len(set(taken)) >= 3 and max(taken) < 9
+
+
+FAILURES = {  # settings, and what takes the place of a part of trpo
+    "no_trust_region": ({"kl_constraint": -1e-9}, {}),
+    "no_tries": ({"backtrack_iters": 0}, {}),
+    "downhill": ({}, {"conjugate_gradient": lambda *args: -conjugate_gradient(*args)}),
+    "level": ({}, {"surrogate": lambda ratio, advantage: 1 + 0 * (ratio * advantage).mean()}),
+    "too_far": ({}, {"softmax_kl": lambda *args: softmax_kl(*args) + 1,
+                     "gaussian_kl": lambda *args: gaussian_kl(*args) + 1}),
+}
+
+
+@SPACES
+@pytest.mark.parametrize("settings, parts", FAILURES.values(), ids=FAILURES)
+def test_a_failed_search_leaves_the_policy_as_it_was_to_the_bit(space, settings, parts, monkeypatch):
+    for name, part in parts.items():
+        monkeypatch.setattr(trpo, name, part)
+    assert_unmoved(*problem(space), **settings)
+
+
+@SPACES
+@pytest.mark.parametrize("advantage", [0.0, math.nan])
+def test_advantages_that_tell_nothing_leave_the_policy_as_it_was_to_the_bit(space, advantage):
+    agent, x, action, _ = problem(space)
+    assert_unmoved(agent, x, action, torch.full((len(x),), advantage).double())
+
+
+def assert_unmoved(agent, *samples, **settings):
+    new, metrics = solved(agent, *samples, **settings)
+    assert torch.equal(theta_of(new), theta_of(agent))
+    assert metrics["losses/backtracks"] == Args(**settings).backtrack_iters
+
+
+@pytest.mark.parametrize("eps, tries", [(0.01, 0), (-0.01, 10)], ids=["taken", "failed"])
+def test_no_metric_of_a_search_needs_a_gradient_of_which_torch_would_warn(eps, tries):
+    _, metrics = solved(*problem(Discrete(3)), kl_constraint=eps)
+    assert metrics.pop("losses/backtracks") == tries
+    assert not any(getattr(value, "requires_grad", False) for value in metrics.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "CartPole-v1"])
+def test_each_update_of_a_run_stays_in_the_trust_region_and_gains(env_id, monkeypatch):
+    actors = [Actor(make_env(env_id)) for _ in range(2)]
+    env = actors[0].env
+    agent, moved = trpo.Agent(env.observation_space, env.action_space), []
+    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    optimizer, args = torch.optim.Adam([phi], 1e-3), Args(update_epochs=2)
+
+    def watched(agent, theta, *samples):
+        old = copy.deepcopy(agent)
+        metrics = solve_cg(agent, theta, *samples)
+        x, action, advantage = (y.double() if y.is_floating_point() else y for y in samples[:3])
+        gain, kl = gain_and_kl(old.double(), copy.deepcopy(agent).double(), x, action, advantage)
+        assert kl <= args.kl_constraint and gain >= advantage.mean()
+        moved.append(kl > args.kl_constraint / 10)
+        return metrics
+
+    monkeypatch.setattr(trpo, "solve_cg", watched)
+    for _ in range(10):
+        update(agent, theta, phi, None, optimizer, collect(agent, actors, 128, CPU), args)
+    assert len(moved) == 10 and sum(moved) >= 9
+
+
+# ── The penalty ─────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("dual, kl, after", [
+    (1.0, 0.03, 1.2), (1.0, 0.01, 1.0), (1.0, 0.0, 0.9), (0.0, 0.02, 0.1), (0.05, 0.0, 0.0), (0.0, 0.0, 0.0),
+])
+def test_the_price_rises_by_alpha_for_each_nat_too_many_and_falls_no_lower_than_zero(dual, kl, after):
+    dual, kl = torch.tensor([dual, kl], dtype=torch.float64)
+    assert ascended_dual(dual, kl, 0.01, 10.0).item() == pytest.approx(after)
+
+
+def penalized(agent, x, action, advantage, dual, rate, **settings):
+    """A copy after solve_penalty by plain gradient descent, and its metrics"""
+    agent = copy.deepcopy(agent)
+    agent.dual.fill_(dual)
+    theta = as_vector(agent.policy_parameters())
+    args = Args(solver="penalty", **{"minibatch_size": len(x)} | settings)
+    return agent, solve_penalty(agent, theta, torch.optim.SGD([theta], rate), x, action, advantage, args)
+
+
+@SPACES
+@pytest.mark.parametrize("dual, eps, dual_lr", [(2.0, 0.01, 3.0), (0.5, 1e-5, 10.0), (5.0, 0.4, 10.0)])
+def test_the_price_moves_by_alpha_times_the_kl_beyond_epsilon(space, dual, eps, dual_lr):
+    agent, *samples = problem(space)
+    new, metrics = penalized(agent, *samples, dual, 0.3, kl_constraint=eps, dual_lr=dual_lr, update_epochs=3)
+    gain, kl = gain_and_kl(agent, new, *samples)
+    assert new.dual.item() == pytest.approx(dual + dual_lr * (kl.item() - eps), rel=1e-9) and kl > 1e-4
+    assert metrics["losses/dual"] == new.dual
+    assert metrics["losses/kl"].item() == pytest.approx(kl.item())
+    assert metrics["losses/policy_loss"].item() == pytest.approx(-gain.item())
+
+
+@SPACES
+@pytest.mark.parametrize("dual", [0.0, 2.0])
+def test_the_policy_climbs_the_surrogate_less_the_price_of_its_kl(space, dual):
+    agent, *samples = problem(space)
+    new, _ = penalized(agent, *samples, dual, 0.5, update_epochs=3)
+    theta = theta_of(agent)
+    for _ in range(3):
+        step = at(agent, theta)
+        objective, kl = gain_and_kl(agent, step, *samples)
+        theta += 0.5 * gradient(objective - dual * kl, step.policy_parameters())
+    torch.testing.assert_close(theta_of(new), theta)
+    assert gain_and_kl(agent, new, *samples)[0] > samples[-1].mean() + 0.01
+
+
+@SPACES
+def test_the_policy_stays_the_nearer_the_higher_the_price(space):
+    agent, *samples = problem(space)
+    kls = [gain_and_kl(agent, penalized(agent, *samples, dual, 0.01, update_epochs=99)[0], *samples)[1].item()
+           for dual in (0.0, 1.0, 4.0, 16.0)]
+    assert 0 < 2 * kls[3] < kls[2] < kls[1] < kls[0]
+
+
+# ── The update ──────────────────────────────────────────────────────────────────────────────────────────────
+
+def rollout_of(agent, T=16, N=4):
+    obs = torch.randn(T + 1, N, 4).double()
+    actions = policy(agent, agent.obs_norm(obs[:-1])).sample()
+    return Rollout(obs[:-1], actions, torch.randn(T, N).double(), obs[1:], *(torch.rand(2, T, N) < 0.2), [])
+
+
+def updated(agent, rollout, **settings):
+    """A copy after the update by plain gradient descent, and the metrics"""
+    agent = copy.deepcopy(agent)
+    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    optimizers = torch.optim.SGD([theta], 0.1), torch.optim.SGD([phi], 0.1)
+    return agent, update(agent, theta, phi, *optimizers, rollout, Args(**settings))
+
+
+def moved(old, new):
+    return {name for (name, p), q in zip(old.named_parameters(), new.parameters()) if not torch.equal(p, q)}
+
+
+@SPACES
+@pytest.mark.parametrize("solver", ["cg", "penalty"])
+def test_the_solver_alone_moves_the_policy_and_fit_values_alone_the_critic(space, solver, monkeypatch):
+    agent = agent_of(trpo, space)
+    rollout = rollout_of(agent)
+    names = {name for name, _ in agent.named_parameters()}
+    values = {name for name in names if name.startswith("critic")}
+    settings = dict(solver=solver, minibatch_size=64, update_epochs=2)
+    assert moved(agent, updated(agent, rollout, **settings)[0]) == names
+    with monkeypatch.context() as without:
+        without.setattr(trpo, "fit_values", lambda *_: {})
+        assert moved(agent, updated(agent, rollout, **settings)[0]) == names - values
+    monkeypatch.setattr(trpo, {"cg": "solve_cg", "penalty": "solve_penalty"}[solver], lambda *_: {})
+    assert moved(agent, updated(agent, rollout, **settings)[0]) == values
+
+
+@SPACES
+def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space, monkeypatch):
+    agent, seen = agent_of(trpo, space), {}
+    rollout, fit = rollout_of(agent), fit_values
+
+    def solver(agent, theta, x, action, advantage, args):
+        seen.update(x=x, action=action, advantage=advantage)
+        return {}
+
+    def critic(agent, phi, optimizer, x, target, args):
+        seen.update(target=agent.value_norm.inverse(target))
+        return fit(agent, phi, optimizer, x, target, args)
+
+    monkeypatch.setattr(trpo, "solve_cg", solver)
+    monkeypatch.setattr(trpo, "fit_values", critic)
+    new, _ = updated(agent, rollout, gamma=0.75, gae_lambda=1.0, minibatch_size=64)
+    values, next_values = (agent.value(agent.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
+    returns = torch.zeros(16, 4).double()
+    for t, n in np.ndindex(16, 4):
+        for k in range(t, 16):  # to the end of the episode or of the rollout
+            returns[t, n] += 0.75 ** (k - t) * rollout.rewards[k, n]
+            if rollout.terminated[k, n]:
+                break
+            if rollout.truncated[k, n] or k == 15:
+                returns[t, n] += 0.75 ** (k - t + 1) * next_values[k, n]
+                break
+    advantages = (returns - values).flatten()
+    torch.testing.assert_close(seen["target"], returns.flatten())
+    standard = (advantages - advantages.mean()) / advantages.std(correction=0)
+    torch.testing.assert_close(seen["advantage"], standard)
+    torch.testing.assert_close(seen["x"], agent.obs_norm(rollout.obs.reshape(64, 4)))
+    assert torch.equal(seen["action"], rollout.actions.flatten(0, 1))
+    assert new.obs_norm.count == agent.obs_norm.count + 64
+
+
+def test_the_critic_descends_its_squared_error():
+    agent, x, _, target = problem(Discrete(3))
+    new = copy.deepcopy(agent)
+    phi = as_vector(new.critic.parameters())
+    args = Args(minibatch_size=40, update_epochs=2)
+    fit_values(new, phi, torch.optim.SGD([phi], 0.1), x, target, args)
+    for _ in range(2):
+        loss = nn.functional.mse_loss(agent.critic(x)[:, 0], target) / 2
+        parameters = list(agent.critic.parameters())
+        for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.data -= 0.1 * slope
+    torch.testing.assert_close(phi.detach(), flat(parameters).detach())

@@ -1,0 +1,731 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
+#     "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1",
+# ]
+# ///
+# SPDX-License-Identifier: MIT
+"""TRPO: each update goes as far as a trust region, an expected KL of ε, lets it.
+
+    python trpo.py --env-id Hopper-v4
+
+Slides 信任区域策略优化 TRPO: "忽略状态分布的差异", "约束策略的变化" (Schulman et al. 2015, arXiv:1502.05477)
+
+    J-SURR      J(θ') − J(θ) ≈ Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'(a_t|s_t)/πθ(a_t|s_t)) γ^t A^πθ(s_t,a_t) ] ]
+    TRPO-OBJ    θ' ← argmax_θ' Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]
+    TRPO-KL     such that E_{s_t~pθ}[ D_KL(πθ'(a_t|s_t) ‖ πθ(a_t|s_t)) ] ≤ ε
+                solved under the constraint (--solver cg)
+    TRPO-CG-1     g = ∇ of the surrogate at θ
+    TRPO-CG-2     x ≈ H⁻¹ g by conjugate gradient, H = ∇² of the KL at θ (Fisher), only by products H v
+    TRPO-CG-3     β = sqrt( 2ε / xᵀ H x )
+    TRPO-CG-4     backtracking line search: θ' = θ + α^i β x, the smallest i ≥ 0 with KL ≤ ε and a better surrogate;
+                  none: keep θ
+    TRPO-CG-5     fit the value function to the returns
+                or with the constraint as a penalty (--solver penalty)
+    TRPO-PEN-1    θ' ← argmax_θ' Σ_t E[ E[ (πθ'/πθ) γ^t A^πθ ] ] − λ ( D_KL(πθ' ‖ πθ) − ε )
+    TRPO-PEN-2    λ ← λ + α ( D_KL(πθ' ‖ πθ) − ε )
+
+Symbols     variable            shape     meaning
+    s_t     obs                 (T,N,S)   observation; next_obs is s_{t+1}, the true one also when an episode ends
+    a_t     actions             (T,N[,A]) continuous: A numbers; discrete: the index of one of A actions
+    r_t     rewards             (T,N)     reward. πθ'/πθ, the probability ratio, is `ratio`
+    V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
+    A^πθ    advantages          (T,N)     how much better a_t was than the policy's average action
+    γ       gamma                         discount. λ of the advantage (not on the slides) is gae_lambda
+    ε       kl_constraint                 expected KL, in nats, that an update may reach
+    θ, φ    theta, phi          (P,)      parameters of the policy and of the value function, a vector each
+    β x     step                (P,)      the natural gradient, as long as the trust region allows
+    α^i     backtrack                     what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
+    λ       agent.dual                    price of the KL, in --solver penalty
+
+Departures from the slides
+    J-SURR    leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
+    TRPO-KL   is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
+    TRPO-PEN  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
+    A^πθ      comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
+    [DETAIL]  marks whatever else the slides don't have, each with its reason.
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SCRIPT = "trpo"
+
+
+# ── Arguments ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@dataclass
+class Args:
+    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector; continuous (Box) or discrete actions
+    seed: int = 1  # of the networks, the actions, the minibatches and the environments
+    total_timesteps: int = 1_000_000  # environment steps, counted over all actors
+    num_envs: int = 8  # N: actors, each with an environment of its own
+    num_steps: int = 256  # T: steps that each actor collects per iteration
+    solver: Literal["cg", "penalty"] = "cg"  # conjugate gradient and line search, or a penalty with a price λ
+    kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
+    cg_iters: int = 25  # iterations of the conjugate gradient
+    cg_damping: float = 0.1  # multiple of the identity added to H
+    backtrack_coef: float = 0.8  # α: what the line search shortens the step by
+    backtrack_iters: int = 10  # steps that the line search tries
+    dual_lr: float = 10.0  # α of --solver penalty: step size of λ
+    policy_lr: float = 3e-4  # Adam's step size for --solver penalty
+    value_lr: float = 1e-3  # Adam's step size for the value function
+    minibatch_size: int = 128  # steps per gradient of the value function, or of --solver penalty; divides N·T
+    update_epochs: int = 20  # passes over the N·T steps that fit the value function, or of --solver penalty
+    gamma: float = 0.99  # γ: discount per step
+    gae_lambda: float = 0.95  # λ of the advantage: 1 is the slide's sum, 0 the one-step TD error
+    cuda: bool = True  # run on the GPU if there is one
+    track: bool = False  # send the metrics to Weights & Biases too
+    wandb_project_name: str = "deep-policy-gradients"  # project to track under
+    wandb_entity: str | None = None  # user or team to track under
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64, … of the first actor
+    runs_dir: str = "runs"  # where the run's folder is made
+    resume: str | None = None  # run's folder or checkpoint to go on with; its settings hold unless given again
+    evaluate: str | None = None  # run's folder or checkpoint to evaluate instead of training
+    eval_episodes: int = 10  # episodes to evaluate
+
+
+# ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """The environment, rendering to pictures if asked."""
+    if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
+        # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
+        env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    return env
+
+
+class Actor:
+    """One of the N actors. Its seed and its actions so far are all it takes to bring a running episode back."""
+
+    def __init__(self, env: gym.Env):
+        self.env = env
+        self.reset()
+
+    def reset(self, seed: int | None = None, actions: np.ndarray = ()) -> None:
+        """A new episode, or that of a checkpoint: its actions taken again."""
+        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
+        self.actions, self.episodic_return = [], 0.0
+        self.obs, _ = self.env.reset(seed=self.seed)
+        for action in actions:
+            _, _, terminated, truncated = self.step(action)
+            if terminated or truncated:  # a simulator that doesn't repeat itself
+                return self.reset()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
+        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, reward, terminated, truncated
+
+
+# ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """inputs → 64 → 64 → outputs, with tanh between.
+
+    [DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class RunningNorm(nn.Module):
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """x: (B, size). Pools two samples' moments (Chan et al. 1979)."""
+        self.count += len(x)
+        weight = (len(x) / self.count).float()
+        delta = x.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (x.var(0, correction=0) - self.var) + weight * (1 - weight) * delta**2
+        self.std = (self.var + 1e-8).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+class Agent(nn.Module):
+    """Policy πθ(a|s), value function V(s), and the running statistics of what the two see."""
+
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        S, A = observation_space.shape[0], action_space.n if self.discrete else action_space.shape[0]
+        self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
+        self.register_buffer("dual", torch.tensor(1.0))  # λ; a buffer, so that a resumed run goes on with it
+        self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
+        self.critic = mlp(S, 1, gain=1.0)
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
+
+    def noise(self, *shape: int) -> Tensor:
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        shape = (*shape, self.actor[-1].out_features)
+        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
+
+    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """(N,S) → (N[,A]): an action drawn from πθ(·|s); without noise the most probable one"""
+        output = self.actor(self.obs_norm(obs)) + noise
+        return output.argmax(-1) if self.discrete else output
+
+    def log_prob(self, output: Tensor, action: Tensor) -> Tensor:
+        """actor's output (B,A), action (B[,A]) → log πθ(a|s) (B,)"""
+        if self.discrete:
+            return softmax_log_prob(output, action)
+        return gaussian_log_prob(output, self.log_std, action)
+
+    def entropy(self, output: Tensor) -> Tensor:
+        """actor's output (B,A) → mean entropy of πθ(·|s), in nats"""
+        return softmax_entropy(output).mean() if self.discrete else gaussian_entropy(self.log_std)
+
+    def kl(self, output: Tensor, old: tuple[Tensor, Tensor | None]) -> Tensor:
+        """actor's output (B,A) of θ', and its (output, log_std) of θ → D_KL(πθ'(·|s) ‖ πθ(·|s)) (B,)"""
+        return softmax_kl(output, old[0]) if self.discrete else gaussian_kl(output, self.log_std, *old)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
+
+    def value(self, x: Tensor) -> Tensor:
+        """normalised obs x (B,S) → V(s) (B,), in the rewards' unit"""
+        return self.value_norm.inverse(self.critic(x).squeeze(-1))
+
+
+def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
+
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    parameters = list(parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    theta.grad = torch.zeros_like(theta)
+    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
+        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    return theta
+
+
+# ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+    """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
+    z = (action - mean) * (-log_std).exp()
+    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """H = Σ_A log σ + ½ log 2πe in nats;   log_std (A,) → ()"""
+    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * log_std.numel()
+
+
+def softmax_log_prob(scores: Tensor, action: Tensor) -> Tensor:
+    """log πθ(a|s) = f_θ(s,a) − log Σ_a' exp f_θ(s,a');   scores (B,A), action (B,) → (B,)"""
+    return scores.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+
+def softmax_entropy(scores: Tensor) -> Tensor:
+    """H = −Σ_a π log π in nats;   scores (B,A) → (B,)"""
+    log_probs = scores.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """E[ (πθ'/πθ) A ], what the policy gains to first order (paper, eq. 14);   ratio, advantage (B,) → ()"""
+    return (ratio * advantage).mean()  # [J-SURR]
+
+
+def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
+    """KL[p, q] = D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats
+
+    means (B,A), log_stds (A,) → (B,)"""
+    squares = (2 * log_std_p).exp() + (mean_p - mean_q).square()
+    return (log_std_q - log_std_p + 0.5 * squares * (-2 * log_std_q).exp() - 0.5).sum(-1)
+
+
+def softmax_kl(scores_p: Tensor, scores_q: Tensor) -> Tensor:
+    """KL[p, q] = D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
+    log_p, log_q = scores_p.log_softmax(-1), scores_q.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Tensor:
+    """x ≈ H⁻¹ g for a symmetric positive definite H, of which only products H v are known;   g (P,) → (P,)
+
+    Hestenes & Stiefel 1952 (paper, appendix C). Stops early once g − H x is shorter than 1e-10 of g."""
+    x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
+    rr = residual @ residual
+    for _ in range(iterations):
+        if rr <= 1e-20 * (g @ g):
+            break
+        h_direction = product(direction)
+        length = rr / (direction @ h_direction)
+        x += length * direction
+        residual -= length * h_direction
+        rr, old_rr = residual @ residual, rr
+        direction = residual + (rr / old_rr) * direction
+    return x
+
+
+def ascended_dual(dual: Tensor, kl: Tensor, kl_constraint: float, dual_lr: float) -> Tensor:
+    """TRPO-PEN-2: λ + α ( KL − ε ), and at least 0;   dual, kl () → ()"""
+    return (dual + dual_lr * (kl - kl_constraint)).clamp(min=0)
+
+
+def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
+        gamma: float, lmbda: float) -> Tensor:
+    """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V(s_{t+1}) − V(s_t) (arXiv:1506.02438, eq. 16).
+
+    All (T,N) → (T,N), in the rewards' unit. A terminal s_{t+1} is worth 0; a truncated one keeps its value."""
+    td_delta = rewards + gamma * next_values * ~terminated - values
+    carry = gamma * lmbda * ~(terminated | truncated)  # what comes after an episode's end belongs to another episode
+    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = td_delta[t] + carry[t] * advantage
+    return advantages
+
+
+# ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Rollout(NamedTuple):
+    obs: Tensor  # (T,N,S) and so on, as in the table above
+    actions: Tensor
+    rewards: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    episodes: list[tuple[int, float, int]]  # of those that ended: steps into the rollout, return, length
+
+
+@torch.no_grad()
+def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> Rollout:
+    """N actors collect T steps each with πθ: s_t ~ pθ, a_t ~ πθ."""
+    N, S = len(actors), agent.obs_norm.mean.shape[0]
+    obs, next_obs = np.zeros((2, T, N, S), np.float32)
+    rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
+    noise, actions, episodes = agent.noise(T, N).to(device), [], []
+    for t in range(T):
+        obs[t] = [actor.obs for actor in actors]
+        actions.append(agent.act(torch.from_numpy(obs[t]).to(device), noise[t]))
+        for n, (actor, action) in enumerate(zip(actors, actions[t].cpu().numpy())):
+            next_obs[t, n], rewards[t, n], terminated[t, n], truncated[t, n] = actor.step(action)
+            if terminated[t, n] or truncated[t, n]:
+                episodes.append(((t + 1) * N, actor.episodic_return, len(actor.actions)))
+                actor.reset()
+    arrays = obs, torch.stack(actions), rewards, next_obs, terminated, truncated
+    return Rollout(*(torch.as_tensor(x, device=device) for x in arrays), episodes)
+
+
+# ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict:
+    """[TRPO-OBJ] The step that improves the surrogate most inside the trust region [TRPO-KL]."""
+    parameters = agent.policy_parameters()
+    with torch.no_grad():
+        old = agent.actor(x), copy.deepcopy(agent.log_std)
+        old_log_prob = agent.log_prob(old[0], action)
+
+    def objective_and_kl() -> tuple[Tensor, Tensor]:
+        output = agent.actor(x)
+        ratio = (agent.log_prob(output, action) - old_log_prob).exp()
+        return surrogate(ratio, advantage), agent.kl(output, old).mean()
+
+    def gradient(of: Tensor, **kwargs: bool) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(of, parameters, **kwargs)])
+
+    # [TRPO-CG-1] g = ∇ of the surrogate at θ
+    objective, kl = objective_and_kl()
+    g = gradient(objective, retain_graph=True)
+    # [TRPO-CG-2] x ≈ H⁻¹ g. ∇KL, which is 0 here, is built once; its derivative along v is H v.
+    kl_gradient = gradient(kl, create_graph=True)
+
+    def fisher(v: Tensor) -> Tensor:  # [DETAIL] The damping keeps H positive definite where the KL is flat.
+        return gradient(kl_gradient @ v, retain_graph=True) + args.cg_damping * v
+
+    direction = conjugate_gradient(fisher, g, args.cg_iters)
+    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x )
+    step = direction * (2 * args.kl_constraint / (direction @ fisher(direction))).sqrt()
+    # [TRPO-CG-4] backtracking line search
+    old_theta = theta.detach().clone()
+    with torch.no_grad():
+        for i in range(args.backtrack_iters):
+            theta.copy_(old_theta + args.backtrack_coef**i * step)
+            new_objective, new_kl = objective_and_kl()
+            if new_kl <= args.kl_constraint and new_objective > objective:
+                return {"losses/policy_loss": -new_objective, "losses/kl": new_kl, "losses/backtracks": i}
+        theta.copy_(old_theta)
+    return {"losses/policy_loss": -objective, "losses/kl": kl, "losses/backtracks": args.backtrack_iters}
+
+
+def fit_values(agent: Agent, phi: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
+               args: Args) -> dict:
+    """[TRPO-CG-5] fit the value function to the returns"""
+    losses = []
+    for _ in range(args.update_epochs):
+        for mb in torch.randperm(len(x)).split(args.minibatch_size):
+            loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - target[mb]).square().mean()
+            phi.grad.zero_()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return {"losses/value_loss": torch.stack(losses).mean()}
+
+
+def solve_penalty(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, action: Tensor,
+                  advantage: Tensor, args: Args) -> dict:
+    """The trust region as a penalty: θ climbs while λ is fixed, then λ moves to where KL = ε."""
+    with torch.no_grad():
+        old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
+        old_log_prob = agent.log_prob(old_output, action)
+
+    def objective_and_kl(mb: Tensor) -> tuple[Tensor, Tensor]:
+        output = agent.actor(x[mb])
+        ratio = (agent.log_prob(output, action[mb]) - old_log_prob[mb]).exp()
+        return surrogate(ratio, advantage[mb]), agent.kl(output, (old_output[mb], old_log_std)).mean()
+
+    # [TRPO-PEN-1] θ' ← argmax_θ' of the surrogate − λ ( KL − ε ); the constant λ ε has no gradient
+    for _ in range(args.update_epochs):
+        for mb in torch.randperm(len(x)).split(args.minibatch_size):
+            objective, kl = objective_and_kl(mb)
+            theta.grad.zero_()
+            (agent.dual * kl - objective).backward()
+            optimizer.step()
+    # [TRPO-PEN-2] λ ← λ + α ( KL − ε )
+    with torch.no_grad():
+        objective, kl = objective_and_kl(torch.arange(len(x)))
+        agent.dual.copy_(ascended_dual(agent.dual, kl, args.kl_constraint, args.dual_lr))
+    return {"losses/policy_loss": -objective, "losses/kl": kl, "losses/dual": agent.dual}
+
+
+def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimizer: torch.optim.Optimizer,
+           value_optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+    """One iteration's learning, from a rollout to its losses."""
+    with torch.no_grad():
+        x, next_x = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
+        values, next_values = agent.value(x), agent.value(next_x)
+        advantages = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.truncated,
+                         args.gamma, args.gae_lambda)
+        returns = advantages + values  # the λ-return: what V(s_t) should have been
+        agent.value_norm.update(returns.reshape(-1, 1))
+        # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    targets = agent.value_norm(returns)
+    x, action, advantage, target = (y.flatten(0, 1) for y in (x, rollout.actions, advantages, targets))
+    if args.solver == "cg":
+        metrics = solve_cg(agent, theta, x, action, advantage, args)
+    else:
+        metrics = solve_penalty(agent, theta, policy_optimizer, x, action, advantage, args)
+    metrics |= fit_values(agent, phi, value_optimizer, x, target, args)
+    agent.obs_norm.update(rollout.obs.flatten(0, 1))
+    with torch.no_grad():
+        metrics["losses/entropy"] = agent.entropy(agent.actor(x))
+        metrics["losses/explained_variance"] = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+
+METRICS = (
+    "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
+    "losses/entropy", "losses/kl", "losses/backtracks", "losses/dual", "losses/explained_variance",
+)
+CHECKPOINT_SECONDS = 10  # what a crash costs at most
+
+
+class Failure(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
+class Run:
+    """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.args, self.signal = args, 0
+        self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
+        if checkpoint:
+            self.folder = checkpoint_path(args.resume).parent
+        else:
+            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+            self.folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
+            self.folder.mkdir(parents=True)
+        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
+        self.write("config.json", json.dumps(config, indent=2).encode())
+        self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
+        if checkpoint:  # the rows after the checkpoint will be made again
+            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
+        self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
+        if self.metrics.tell() == 0:
+            self.writer.writeheader()
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    id=self.folder.name, name=self.folder.name, dir=self.folder, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+        step = checkpoint["global_step"] if checkpoint else 0
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
+        self.saved = time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, _frame) -> None:
+        """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One row: an episode that ended at this step, or an iteration that did."""
+        row = {"global_step": step, **metrics}
+        self.writer.writerow(row)
+        if self.args.track:
+            self.wandb.log(row)
+        if "charts/episodic_return" in metrics:
+            self.returns.append(metrics["charts/episodic_return"])
+            self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def sps(self, step: int) -> int:
+        return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+
+    def save(self, state: dict) -> None:
+        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": self.bar.n, "returns": list(self.returns)}
+        state["metrics_size"] = self.metrics.tell()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+        self.saved = time.time()
+
+    def write(self, name: str, data: bytes) -> None:
+        """A crash or a full disk leaves the old file or the new one, never half of one."""
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+def open_envs(args: Args, count: int) -> list[gym.Env]:
+    """The environments, once the first has shown that the algorithm can serve it."""
+    try:
+        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
+        envs[0].reset(seed=args.seed)
+        if args.capture_video:
+            envs[0].render()
+    except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
+        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
+        raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
+    observed, acted = envs[0].observation_space, envs[0].action_space
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
+        raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
+        raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
+    return envs
+
+
+def record(env: gym.Env, folder: Path, name: str) -> gym.Env:
+    return gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=True)
+
+
+def train(args: Args, checkpoint: dict | None) -> int:
+    """Iterates from the start or from a checkpoint; returns the signal that stopped it, or 0."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = open_envs(args, args.num_envs)
+    agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
+    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    policy_optimizer = torch.optim.Adam([theta], lr=args.policy_lr, fused=True)
+    value_optimizer = torch.optim.Adam([phi], lr=args.value_lr, fused=True)
+    step, batch_size = 0, args.num_envs * args.num_steps
+    if checkpoint:
+        step = checkpoint["global_step"]
+        if step + batch_size > args.total_timesteps:
+            raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
+        agent.load_state_dict(checkpoint["agent"])
+        policy_optimizer.load_state_dict(checkpoint["policy_optimizer"])
+        value_optimizer.load_state_dict(checkpoint["value_optimizer"])
+    with contextlib.closing(Run(args, checkpoint)) as run:
+        if args.capture_video:
+            envs[0] = record(envs[0], run.folder, f"step-{step}")
+        actors = [Actor(env) for env in envs]
+        if checkpoint:
+            for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
+                actor.reset(seed, actions.numpy())
+            torch.set_rng_state(checkpoint["rng_state"])
+        while step + batch_size <= args.total_timesteps and not run.signal:
+            rollout = collect(agent, actors, args.num_steps, device)
+            losses = update(agent, theta, phi, policy_optimizer, value_optimizer, rollout, args)
+            if not all(map(math.isfinite, losses.values())):
+                raise Failure(f"the losses after step {step} aren't finite: lower --learning-rate, or look for NaN in "
+                              f"the environment's observations and rewards; {run.folder} is as last saved")
+            for steps, episodic_return, length in rollout.episodes:
+                run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+            step += batch_size
+            run.log(step, {"charts/SPS": run.sps(step), **losses})
+            last = step + batch_size > args.total_timesteps
+            if last or run.signal or time.time() - run.saved > CHECKPOINT_SECONDS:
+                run.save({
+                    "agent": agent.state_dict(),
+                    "policy_optimizer": policy_optimizer.state_dict(),
+                    "value_optimizer": value_optimizer.state_dict(),
+                    "rng_state": torch.get_rng_state(),
+                    "running_episodes": [(a.seed, torch.from_numpy(np.array(a.actions))) for a in actors],
+                })
+        for env in envs:
+            env.close()
+    print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
+    if run.returns:
+        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+    print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
+    return run.signal
+
+
+def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
+    """(return, length) of episodes with the most probable actions, while nothing learns"""
+    results = []
+    for episode in range(episodes):
+        actor, over = Actor(env), False
+        while not over:
+            with torch.no_grad():
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
+            over = any(actor.step(action.numpy())[2:])
+        results.append((actor.episodic_return, len(actor.actions)))
+        print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
+    return results
+
+
+def checkpoint_path(path: str) -> Path:
+    """A run's folder stands for the checkpoint in it."""
+    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+
+
+def load_checkpoint(path: str) -> dict:
+    if not checkpoint_path(path).is_file():
+        raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
+            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
+            script = checkpoint["script"]
+            _ = script != SCRIPT or Args(**checkpoint["args"])
+    except Exception:  # torch.load raises whatever its parts do
+        raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
+    if script != SCRIPT:
+        raise Failure(f"{path} was made by {script}.py: go on with that script")
+    return checkpoint
+
+
+def check(args: Args) -> None:
+    batch_size = args.num_envs * args.num_steps
+    rules = {
+        "--num-envs, --num-steps, --minibatch-size, --update-epochs, --eval-episodes: at least 1": min(
+            args.num_envs, args.num_steps, args.minibatch_size, args.update_epochs, args.eval_episodes) >= 1,
+        f"--total-timesteps: at least N·T = {batch_size}, one iteration": args.total_timesteps >= batch_size,
+        f"--minibatch-size: a divisor of N·T = {batch_size}": batch_size % (args.minibatch_size or 1) == 0,
+        "--kl-constraint, --policy-lr, --value-lr, --dual-lr: above 0, and finite": all(
+            0 < x < math.inf for x in (args.kl_constraint, args.policy_lr, args.value_lr, args.dual_lr)),
+        "--cg-iters, --backtrack-iters: at least 1": min(args.cg_iters, args.backtrack_iters) >= 1,
+        "--cg-damping: at least 0": args.cg_damping >= 0,
+        "--backtrack-coef: between 0 and 1": 0 < args.backtrack_coef < 1,
+        "--gamma, --gae-lambda: from 0 to 1": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
+        "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,
+    }
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        raise Failure("; ".join(broken))
+
+
+def parse(default: Args) -> Args:
+    """The command line over `default`, with tyro's boxed complaints in one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args, default=default, description=__doc__.partition("\n")[0])
+        except SystemExit as end:
+            if not end.code:
+                raise
+    raise Failure(" ".join(re.findall(r"[^\s╭╮╰╯─│]+", box.getvalue().partition("\n")[2])))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
+    torch.set_num_threads(1)  # matrices this small take longer when they are shared out
+    try:
+        args, checkpoint = parse(Args()), None
+        if path := args.resume or args.evaluate:
+            checkpoint = load_checkpoint(path)
+            saved = Args(**checkpoint["args"])
+            args = parse(saved)
+            if (args.env_id, args.num_envs) != (saved.env_id, saved.num_envs):
+                raise Failure(f"{path} has --env-id {saved.env_id} --num-envs {saved.num_envs}: leave them so")
+        check(args)
+        torch.manual_seed(args.seed)
+        if args.evaluate:
+            (env,) = open_envs(args, 1)
+            agent = Agent(env.observation_space, env.action_space)
+            agent.load_state_dict(checkpoint["agent"])
+            if args.capture_video:
+                env = record(env, checkpoint_path(path).parent, "evaluation")
+            returns, _ = zip(*evaluate(agent, env, args.eval_episodes))
+            env.close()
+            print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+        elif number := train(args, checkpoint):
+            sys.exit(128 + number)
+    except (Failure, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'the disk'}: {error.strerror}; make room for it or choose another --runs-dir"
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
