@@ -185,6 +185,7 @@ class Agent(nn.Module):
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         S, A = observation_space.shape[0], action_space.n if self.discrete else action_space.shape[0]
         self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
+        # [RF-1] initialise θ arbitrarily
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
@@ -476,7 +477,6 @@ def train(args: Args, checkpoint: dict | None) -> int:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = open_envs(args, args.num_envs)
     agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
-    # [RF-1] initialise θ arbitrarily
     theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
     policy_optimizer = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
     value_optimizer = torch.optim.Adam([phi], lr=args.value_lr, fused=True)

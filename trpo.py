@@ -40,11 +40,11 @@ Symbols     variable            shape     meaning
     λ       agent.dual                    price of the KL, in --solver penalty
 
 Departures from the slides
-    J-SURR    leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
-    TRPO-KL   is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
-    TRPO-PEN  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
-    A^πθ      comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
-    [DETAIL]  marks whatever else the slides don't have, each with its reason.
+    J-SURR      leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
+    TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
+    TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
+    A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
+    [DETAIL]    marks whatever else the slides don't have, each with its reason.
 """
 
 import contextlib

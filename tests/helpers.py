@@ -22,6 +22,7 @@ class Script:
     batch: int
     learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last 100 returns, by which flags
     actors: str = "num_envs"  # the flag that counts actors
+    whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
     environments: tuple[str, ...] = ("Hopper-v4", "Hopper-v5", "CartPole-v1", "Pendulum-v1")
 
     @property
@@ -44,11 +45,29 @@ def skip_unless_suited(script: Script, env_id: str) -> None:
 
 SCRIPTS = [
     Script(
+        "reinforce",
+        tiny=("--num-envs", "2"),
+        batch=128,
+        learns=("CartPole-v1", 475, ("--total-timesteps", "200000")),
+        whole_episodes=True,
+    ),
+    Script(
+        "trpo",
+        tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
+        batch=128,
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
+    ),
+    Script(
         "ppo_clip",
         tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "150000", "--num-steps", "128",
-                                     "--minibatch-size", "256", "--learning-rate", "2e-3")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
+    ),
+    Script(
+        "ppo_kl",
+        tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
+        batch=128,
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
     ),
 ]
 

@@ -24,13 +24,11 @@ FLAGS = {
     "integers_to_act_with": (["--env-id", "IntegerAction-v0"], "int64"),
     "actions_from_one_on": (["--env-id", "DiscreteFromOneAction-v0"], "start=1"),
     "no_steps": (["--total-timesteps", "0"], "--total-timesteps"),
-    "less_than_an_iteration": (["--total-timesteps", "127"], "--total-timesteps"),
+    "no_actors": (["--num-envs", "0"], "--num-envs"),
     "no_episodes": (["--eval-episodes", "0"], "--eval-episodes"),
     "a_negative_seed": (["--seed", "-1"], "--seed"),
     "a_gamma_above_one": (["--gamma", "1.01"], "--gamma"),
     "a_gamma_that_is_no_number": (["--gamma", "nan"], "--gamma"),
-    "no_learning": (["--learning-rate", "0"], "--learning-rate"),
-    "a_learning_rate_that_is_no_number": (["--learning-rate", "nan"], "--learning-rate"),
     "an_unknown_flag": (["--sede", "1"], "--sede"),
     "a_word_for_a_number": (["--seed", "one"], "--seed"),
     "a_fraction_for_an_integer": (["--total-timesteps", "1e6"], "--total-timesteps"),
@@ -39,15 +37,40 @@ FLAGS = {
     "nothing_to_resume": (["--resume", "nowhere"], "nowhere"),
     "nothing_to_evaluate": (["--evaluate", "nowhere/checkpoint.pt"], "nowhere/checkpoint.pt"),
 }
+FLAGS_OF_ROLLOUTS = {
+    "less_than_an_iteration": (["--total-timesteps", "127"], "--total-timesteps"),
+    "minibatches_that_do_not_divide": (["--minibatch-size", "48"], "--minibatch-size"),
+    "empty_minibatches": (["--minibatch-size", "0"], "--minibatch-size"),
+    "no_epochs": (["--update-epochs", "0"], "--update-epochs"),
+    "a_negative_lambda": (["--gae-lambda", "-0.1"], "--gae-lambda"),
+}
+FLAGS_OF_GRADIENTS = {
+    "no_learning": (["--learning-rate", "0"], "--learning-rate"),
+    "a_learning_rate_that_is_no_number": (["--learning-rate", "nan"], "--learning-rate"),
+    "an_infinite_learning_rate": (["--learning-rate", "inf"], "--learning-rate"),
+}
 FLAGS_OF_ONE = {
-    "ppo_clip": {
-        "minibatches_that_do_not_divide": (["--minibatch-size", "48"], "--minibatch-size"),
-        "empty_minibatches": (["--minibatch-size", "0"], "--minibatch-size"),
-        "no_actors": (["--num-envs", "0"], "--num-envs"),
-        "no_epochs": (["--update-epochs", "0"], "--update-epochs"),
-        "a_negative_lambda": (["--gae-lambda", "-0.1"], "--gae-lambda"),
+    "reinforce": FLAGS_OF_GRADIENTS | {
+        "a_value_lr_of_nothing": (["--value-lr", "0"], "--value-lr"),
+        "no_value_epochs": (["--value-epochs", "0"], "--value-epochs"),
+    },
+    "trpo": FLAGS_OF_ROLLOUTS | {
+        "an_unknown_solver": (["--solver", "newton"], "--solver"),
+        "no_trust": (["--kl-constraint", "0"], "--kl-constraint"),
+        "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
+        "no_search": (["--backtrack-iters", "0"], "--backtrack-iters"),
+        "a_search_that_does_not_shrink": (["--backtrack-coef", "1"], "--backtrack-coef"),
+        "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
+    },
+    "ppo_clip": FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
         "a_clip_coef_of_nothing": (["--clip-coef", "0"], "--clip-coef"),
         "a_clip_coef_that_is_no_number": (["--clip-coef", "nan"], "--clip-coef"),
+        "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
+        "an_entropy_bonus_below_zero": (["--ent-coef", "-1"], "--ent-coef"),
+    },
+    "ppo_kl": FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
+        "a_negative_beta": (["--beta", "-1"], "--beta"),
+        "no_target": (["--d-targ", "0"], "--d-targ"),
         "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
         "an_entropy_bonus_below_zero": (["--ent-coef", "-1"], "--ent-coef"),
     },
