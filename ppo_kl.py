@@ -257,15 +257,13 @@ def softmax_entropy(scores: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL[p, q] = D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats
-
-    means (B,A), log_stds (A,) → (B,)"""
+    """D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats;   means (B,A), log_stds (A,) → (B,)"""
     squares = (2 * log_std_p).exp() + (mean_p - mean_q).square()
     return (log_std_q - log_std_p + 0.5 * squares * (-2 * log_std_q).exp() - 0.5).sum(-1)
 
 
 def softmax_kl(scores_p: Tensor, scores_q: Tensor) -> Tensor:
-    """KL[p, q] = D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
+    """D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
     log_p, log_q = scores_p.log_softmax(-1), scores_q.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

@@ -488,6 +488,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
         agent.load_state_dict(checkpoint["agent"])
         policy_optimizer.load_state_dict(checkpoint["policy_optimizer"])
         value_optimizer.load_state_dict(checkpoint["value_optimizer"])
+        policy_optimizer.param_groups[0]["lr"], value_optimizer.param_groups[0]["lr"] = args.learning_rate, args.value_lr
     with contextlib.closing(Run(args, checkpoint)) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")

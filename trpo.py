@@ -275,15 +275,13 @@ def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL[p, q] = D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats
-
-    means (B,A), log_stds (A,) → (B,)"""
+    """D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats;   means (B,A), log_stds (A,) → (B,)"""
     squares = (2 * log_std_p).exp() + (mean_p - mean_q).square()
     return (log_std_q - log_std_p + 0.5 * squares * (-2 * log_std_q).exp() - 0.5).sum(-1)
 
 
 def softmax_kl(scores_p: Tensor, scores_q: Tensor) -> Tensor:
-    """KL[p, q] = D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
+    """D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
     log_p, log_q = scores_p.log_softmax(-1), scores_q.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -393,7 +391,7 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
             if new_kl <= args.kl_constraint and new_objective > objective:
                 return {"losses/policy_loss": -new_objective, "losses/kl": new_kl, "losses/backtracks": i}
         theta.copy_(old_theta)
-    return {"losses/policy_loss": -objective, "losses/kl": kl, "losses/backtracks": args.backtrack_iters}
+    return {"losses/policy_loss": -objective.detach(), "losses/kl": 0.0, "losses/backtracks": args.backtrack_iters}
 
 
 def fit_values(agent: Agent, phi: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
@@ -593,6 +591,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
         agent.load_state_dict(checkpoint["agent"])
         policy_optimizer.load_state_dict(checkpoint["policy_optimizer"])
         value_optimizer.load_state_dict(checkpoint["value_optimizer"])
+        policy_optimizer.param_groups[0]["lr"], value_optimizer.param_groups[0]["lr"] = args.policy_lr, args.value_lr
     with contextlib.closing(Run(args, checkpoint)) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")

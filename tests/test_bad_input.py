@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(script, module, main, fold
 
     before = contents(folder)
     monkeypatch.setattr(module.os, "fsync", full)
-    code, _, err = main("--resume", folder, "--total-timesteps", 2 * script.batch)
+    code, _, err = main("--resume", folder, "--total-timesteps", 20 * script.batch)
     assert_one_line(code, err, "No space left")
     assert contents(folder) == before
 
