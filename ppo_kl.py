@@ -331,6 +331,8 @@ def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> 
 
 def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict:
     """One iteration's learning, from a rollout to the mean losses of its minibatches."""
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         # [PPO-2] compute Â_t for every step
         x, next_x = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
@@ -366,8 +368,7 @@ def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, 
             optimizer.step()
             losses.append(torch.stack([policy_loss, value_loss]).detach())
 
-    # [PPO-4] θ_old ← θ: the next rollout is collected with the new θ, and so with its statistics
-    agent.obs_norm.update(rollout.obs.flatten(0, 1))
+    # [PPO-4] θ_old ← θ: the next rollout is collected with the new θ
     with torch.no_grad():
         output = agent.actor(batch[0])
         kl = agent.kl((batch[3], old_log_std), output)
@@ -507,7 +508,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
     agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
     agent.beta.fill_(args.beta)
     theta = as_vector(agent.parameters())
-    optimizer = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
+    # [DETAIL] eps of 1e-5, as in the paper's own code: gradients near 0, mere noise, move θ less than a full step.
+    optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     step, batch_size = 0, args.num_envs * args.num_steps
     if checkpoint:
         step = checkpoint["global_step"]

@@ -317,6 +317,8 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
            value_optimizer: torch.optim.Optimizer, episodes: list[Episode], args: Args) -> dict[str, float]:
     """What is learned from N episodes."""
     obs, actions = (torch.cat([episode[i] for episode in episodes]) for i in (0, 1))
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    agent.obs_norm.update(obs)
     with torch.no_grad():
         x = agent.obs_norm(obs)
         last = agent.value(agent.obs_norm(torch.stack([episode.last_obs for episode in episodes])))
@@ -353,7 +355,6 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
         explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
         metrics["losses/value_loss"] = torch.stack(losses).mean().item()
         metrics["losses/explained_variance"] = explained.item()
-    agent.obs_norm.update(obs)
     return metrics
 
 

@@ -437,6 +437,8 @@ def solve_penalty(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Opti
 def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimizer: torch.optim.Optimizer,
            value_optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """One iteration's learning, from a rollout to its losses."""
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         x, next_x = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
         values, next_values = agent.value(x), agent.value(next_x)
@@ -453,7 +455,6 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
     else:
         metrics = solve_penalty(agent, theta, policy_optimizer, x, action, advantage, args)
     metrics |= fit_values(agent, phi, value_optimizer, x, target, args)
-    agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         metrics["losses/entropy"] = agent.entropy(agent.actor(x))
         metrics["losses/explained_variance"] = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)

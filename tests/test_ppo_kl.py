@@ -140,7 +140,7 @@ def policy_parameters(agent):
 
 
 def kl_of_update(before, after, rollout):
-    x = before.obs_norm(rollout.obs)
+    x = after.obs_norm(rollout.obs)
     return kl_divergence(frozen(before, x), frozen(after, x)).mean().item()
 
 
@@ -153,6 +153,7 @@ def test_the_second_step_pays_for_the_first_ones_kl(space, beta):
     old, rate = agent_of(ppo_kl, space), 0.3
     rollout = rollout_of(old)
     new, _ = updated(old, rollout, rate, beta, update_epochs=2, **WHOLE)
+    old.obs_norm = new.obs_norm  # an update takes the rollout's in first
     x, actions = old.obs_norm(rollout.obs), rollout.actions
     values, next_values = (old.value(old.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
     ends = rollout.terminated, rollout.truncated
