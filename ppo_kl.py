@@ -9,6 +9,7 @@
 """PPO with the KL penalty: several epochs on the same data, at a price of β for every nat that the policy moves.
 
     python ppo_kl.py --env-id Hopper-v4
+    python ppo_kl.py --env-id CartPole-v1 --total-timesteps 150000
 
 Slides 近端策略优化 PPO: "3. 自适应的KL惩罚项参数", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 
@@ -29,8 +30,7 @@ Symbols     variable            shape     meaning
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
     Â_t     advantages          (T,N)     how much better a_t was than the policy's average action
     γ, λ    gamma, gae_lambda             discount; how far the advantage looks before it trusts V
-    β       agent.beta                    price of the KL, adapted after each iteration
-    d_targ  d_targ                        KL per iteration, in nats, that β is adapted to
+    β       agent.beta                    price of the KL, adapted so that the KL per iteration stays near d_targ nats
     K       update_epochs                 passes over the T·N steps of an iteration, by minibatches
 
 Departures from the slides
