@@ -122,6 +122,13 @@ def test_captured_video_plays_and_needs_no_screen(script, tmp_path):
     assert not np.array_equal(first, last)  # in which something moves
 
 
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("env_id, camera", [("Hopper-v4", 0), ("Hopper-v5", 0), ("InvertedPendulum-v4", -1)])
+def test_the_camera_follows_a_body_that_the_model_has_a_camera_for(script, module, env_id, camera):
+    skip_unless_suited(script, "Hopper-v4")
+    assert module.make_env(env_id, render=True).unwrapped.mujoco_renderer.camera_id == camera
+
+
 def test_tracking_offline_leaves_its_run_in_the_runs_folder(script, tmp_path):
     folders = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
     code, _, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track",
