@@ -523,6 +523,7 @@ class Run:
         if "charts/episodic_return" in metrics:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
+        self.bar.total = max(self.bar.total, step)  # an algorithm of whole episodes takes a few steps more
         self.bar.update(step - self.bar.n)
 
     def sps(self, step: int) -> int:
