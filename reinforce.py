@@ -286,30 +286,28 @@ class Episode(NamedTuple):
     rewards: Tensor
     last_obs: Tensor  # (S,), the observation after the last action
     truncated: bool  # the episode was cut, by a time limit say, rather than over
+    episodic_return: float
 
 
 @torch.no_grad()
 def collect(agent: Agent, actors: list[Actor], device: torch.device) -> list[Episode]:
     """[RF-2] for each episode ~ πθ: N at a time, one from each actor"""
-    for actor in actors:
-        actor.reset()
-    steps = [[] for _ in actors]  # of each actor: (s_t, a_t, r_t)
-    truncated, running = [False for _ in actors], list(range(len(actors)))
+    steps, ends = [[] for _ in actors], [() for _ in actors]  # of each actor: (s_t, a_t, r_t); how it ended
+    running = list(range(len(actors)))
     while running:
         obs = np.array([actors[n].obs for n in running], np.float32)
         actions = agent.act(torch.from_numpy(obs).to(device), agent.noise(len(running)).to(device)).cpu().numpy()
-        still = []
-        for n, s, a in zip(running, obs, actions):
-            _, reward, terminated, cut = actors[n].step(a)
+        for n, s, a in zip(list(running), obs, actions):
+            last_obs, reward, terminated, truncated = actors[n].step(a)
             steps[n].append((s, a, np.float32(reward)))
-            truncated[n] = cut and not terminated
-            if not (terminated or cut):
-                still.append(n)
-        running = still
+            if terminated or truncated:
+                ends[n] = np.float32(last_obs), truncated and not terminated, actors[n].episodic_return
+                actors[n].reset()
+                running.remove(n)
     return [
-        Episode(*(torch.as_tensor(np.array(y), device=device) for y in zip(*steps[n])),
-                torch.as_tensor(np.float32(actor.obs), device=device), truncated[n])
-        for n, actor in enumerate(actors)
+        Episode(*(torch.as_tensor(np.array(y), device=device) for y in zip(*taken)),
+                torch.as_tensor(last_obs, device=device), truncated, episodic_return)
+        for taken, (last_obs, truncated, episodic_return) in zip(steps, ends)
     ]
 
 
@@ -498,6 +496,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             envs[0] = record(envs[0], run.folder, f"step-{step}")
         actors = [Actor(env) for env in envs]
         if checkpoint:
+            for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
+                actor.reset(seed, actions.numpy())
             torch.set_rng_state(checkpoint["rng_state"])
         while step < args.total_timesteps and not run.signal:
             episodes = collect(agent, actors, device)
@@ -505,10 +505,10 @@ def train(args: Args, checkpoint: dict | None) -> int:
             if not all(map(math.isfinite, losses.values())):
                 raise Failure(f"the losses after step {step} aren't finite: lower --learning-rate, or look for NaN in "
                               f"the environment's observations and rewards; {run.folder} is as last saved")
-            for actor in actors:
-                step += len(actor.actions)
-                run.log(step, {"charts/episodic_return": actor.episodic_return,
-                               "charts/episodic_length": len(actor.actions)})
+            for episode in episodes:
+                step += len(episode.rewards)
+                run.log(step, {"charts/episodic_return": episode.episodic_return,
+                               "charts/episodic_length": len(episode.rewards)})
             run.log(step, {"charts/SPS": run.sps(step), **losses})
             last = step >= args.total_timesteps
             if last or run.signal or time.time() - run.saved > CHECKPOINT_SECONDS:
@@ -517,6 +517,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
                     "policy_optimizer": policy_optimizer.state_dict(),
                     "value_optimizer": value_optimizer.state_dict(),
                     "rng_state": torch.get_rng_state(),
+                    "running_episodes": [(a.seed, torch.from_numpy(np.array(a.actions))) for a in actors],
                 })
         # [RF-6] end for
         # [RF-7] return θ: it is in the checkpoint

@@ -147,13 +147,11 @@ def test_each_actor_plays_one_whole_episode_and_no_step_more(actors):
         assert [episode.rewards.tolist() for episode in episodes] == [[1] * 3, [1] * 2, [1] * 4]
         assert [len(episode.actions) for episode in episodes] == [3, 2, 4]
         assert [episode.last_obs.tolist() for episode in episodes] == [[3], [2], [4]]
-        assert [len(actor.actions) for actor in actors] == [3, 2, 4]
-        assert [actor.episodic_return for actor in actors] == [3, 2, 4]
+        assert [episode.episodic_return for episode in episodes] == [3, 2, 4]
+        assert [actor.actions for actor in actors] == [[], [], []]  # each is at the start of its next
 
 
 def test_an_episode_that_was_cut_is_told_from_one_that_is_over(actors):
-    for actor in actors:
-        actor.step(0)  # an episode that has begun isn't the one that is played
     episodes = collect(Agent(Box(-np.inf, np.inf, (1,)), Discrete(2)), actors, CPU)
     assert [episode.truncated for episode in episodes] == [False, True, False]
 
@@ -175,7 +173,7 @@ def test_an_episode_holds_the_actions_that_the_policy_drew_and_their_rewards():
 def episode_of(agent, T, truncated):
     obs = torch.randn(T + 1, 4).double()
     actions = policy(agent, agent.obs_norm(obs[:-1])).sample()
-    return Episode(obs[:-1], actions, torch.randn(T).double() + 1, obs[-1], truncated)
+    return Episode(obs[:-1], actions, torch.randn(T).double() + 1, obs[-1], truncated, 0.0)
 
 
 def updated(agent, episodes, **settings):
@@ -193,7 +191,7 @@ def theta_of(agent):
 
 def known_steps(agent, episodes, baseline, gamma=0.75):
     """Step by step: s_t, a_t, G_t of the steps that count"""
-    for obs, actions, rewards, last_obs, truncated in episodes:
+    for obs, actions, rewards, last_obs, truncated, _ in episodes:
         for t in range(len(rewards)):
             G = sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards)))
             if truncated and baseline:
