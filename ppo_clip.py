@@ -103,7 +103,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default's doesn't
+        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -188,7 +188,7 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
         shape = (*shape, self.actor[-1].out_features)
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
 
@@ -305,6 +305,7 @@ def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> 
 def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict:
     """One iteration's learning, from a rollout to the mean losses of its minibatches."""
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    # The price: π_θold below sees these statistics too, a little newer than those that the actors acted by.
     agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         # [PPO-2] compute Â_t for every step
@@ -519,7 +520,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             env.close()
     print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
     if run.returns:
-        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+        returns = run.returns
+        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over the last {len(returns)} episodes")
     print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
     return run.signal
 

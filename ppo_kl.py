@@ -13,7 +13,7 @@
 
 Slides 近端策略优化 PPO: "3. 自适应的KL惩罚项参数", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 
-    PPO-KLPEN   L^KLPEN(θ) = Ê_t[ r_t(θ) Â_t − β KL[πθ_old(·|s_t), πθ(·|s_t)] ],   r_t(θ) = πθ(a_t|s_t) / πθ_old(a_t|s_t)
+    PPO-KLPEN   L^KLPEN(θ) = Ê_t[ r_t(θ) Â_t − β KL[πθ_old(·|s_t), πθ(·|s_t)] ],  r_t(θ) = πθ(a_t|s_t) / πθ_old(a_t|s_t)
     PPO-BETA-1  d = Ê_t[ KL[πθ_old(·|s_t), πθ(·|s_t)] ]
     PPO-BETA-2  if d < d_targ / 1.5:  β ← β / 2
     PPO-BETA-3  if d > d_targ × 1.5:  β ← β × 2
@@ -107,7 +107,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default's doesn't
+        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -193,7 +193,7 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
         shape = (*shape, self.actor[-1].out_features)
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
 
@@ -334,6 +334,7 @@ def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> 
 def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict:
     """One iteration's learning, from a rollout to the mean losses of its minibatches."""
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    # The price: π_θold below sees these statistics too, a little newer than those that the actors acted by.
     agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         # [PPO-2] compute Â_t for every step
@@ -553,7 +554,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             env.close()
     print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
     if run.returns:
-        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+        returns = run.returns
+        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over the last {len(returns)} episodes")
     print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
     return run.signal
 

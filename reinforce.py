@@ -107,7 +107,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default's doesn't
+        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -193,7 +193,7 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
         shape = (*shape, self.actor[-1].out_features)
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
 
@@ -274,7 +274,7 @@ def returns_to_go(rewards: Tensor, gamma: float, last: float = 0.0) -> Tensor:
 
 
 def missing_share(steps: int, truncated: bool, gamma: float) -> Tensor:
-    """Share γ^{T−t} of the weights 1, γ, γ², … in G_t that fall after the episode's end, 0 if that was its own;  → (T,)"""
+    """Share γ^{T−t} of weights 1, γ, γ², … in G_t that fall after a cut, 0 if the episode ended by itself;  → (T,)"""
     return truncated * gamma ** torch.arange(steps, 0, -1)
 
 
@@ -318,6 +318,7 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
     """What is learned from N episodes."""
     obs, actions = (torch.cat([episode[i] for episode in episodes]) for i in (0, 1))
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    # The price: πθ below sees these statistics too, a little newer than those that the actors acted by.
     agent.obs_norm.update(obs)
     with torch.no_grad():
         x = agent.obs_norm(obs)
@@ -326,7 +327,7 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
             returns_to_go(episode.rewards, args.gamma, value if args.baseline and episode.truncated else 0.0)
             for episode, value in zip(episodes, last)
         ])
-        missing = torch.cat([missing_share(len(episode.rewards), episode.truncated, args.gamma) for episode in episodes])
+        missing = torch.cat([missing_share(len(e.rewards), e.truncated, args.gamma) for e in episodes])
         known = (missing <= (1 if args.baseline else TAIL)).to(x.device)
         values = agent.value(x)
         weights = returns - values if args.baseline else returns  # [A2C-ADV]
@@ -490,7 +491,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
         agent.load_state_dict(checkpoint["agent"])
         policy_optimizer.load_state_dict(checkpoint["policy_optimizer"])
         value_optimizer.load_state_dict(checkpoint["value_optimizer"])
-        policy_optimizer.param_groups[0]["lr"], value_optimizer.param_groups[0]["lr"] = args.learning_rate, args.value_lr
+        policy_optimizer.param_groups[0]["lr"] = args.learning_rate
+        value_optimizer.param_groups[0]["lr"] = args.value_lr
     with contextlib.closing(Run(args, checkpoint)) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")
@@ -525,7 +527,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             env.close()
     print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
     if run.returns:
-        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+        returns = run.returns
+        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over the last {len(returns)} episodes")
     print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
     return run.signal
 

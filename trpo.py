@@ -117,7 +117,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default's doesn't
+        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -203,7 +203,7 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, for argmax(f + Gumbel) ~ softmax(f)."""
+        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
         shape = (*shape, self.actor[-1].out_features)
         return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
 
@@ -440,6 +440,7 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
            value_optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """One iteration's learning, from a rollout to its losses."""
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
+    # The price: πθ below sees these statistics too, a little newer than those that the actors acted by.
     agent.obs_norm.update(rollout.obs.flatten(0, 1))
     with torch.no_grad():
         x, next_x = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
@@ -459,7 +460,8 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
     metrics |= fit_values(agent, phi, value_optimizer, x, target, args)
     with torch.no_grad():
         metrics["losses/entropy"] = agent.entropy(agent.actor(x))
-        metrics["losses/explained_variance"] = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+        explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+        metrics["losses/explained_variance"] = explained
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -627,7 +629,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             env.close()
     print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
     if run.returns:
-        print(f"return {np.mean(run.returns):.1f} ± {np.std(run.returns):.1f} over the last {len(run.returns)} episodes")
+        returns = run.returns
+        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over the last {len(returns)} episodes")
     print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
     return run.signal
 
