@@ -169,7 +169,7 @@ class RunningNorm(nn.Module):
         self.std = (self.var + 1e-8).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * self.std + self.mean
@@ -226,6 +226,7 @@ def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
+# Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
@@ -331,9 +332,9 @@ def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, 
             ratio = (agent.log_prob(output, action) - old_log_prob).exp()  # r_t(θ)
             policy_loss = -clipped_surrogate(ratio, advantage, args.clip_coef).mean()
             value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
-            loss = policy_loss + 0.5 * value_loss
+            loss = policy_loss + 0.5 * value_loss  # [DETAIL] one step for both networks (paper, eq. 9)
             if args.ent_coef:
-                loss = loss - args.ent_coef * agent.entropy(output)  # [DETAIL] paper, eq. 9
+                loss = loss - args.ent_coef * agent.entropy(output)
             theta.grad.zero_()
             loss.backward()
             theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
@@ -495,7 +496,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
                 actor.reset(seed, actions.numpy())
             torch.set_rng_state(checkpoint["rng_state"])
-        while step + batch_size <= args.total_timesteps and not run.signal:
+        over = False
+        while not over:
             # [DETAIL] Ever smaller steps: the last policies are then good ones, not merely good on average.
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
@@ -508,8 +510,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
             step += batch_size
             run.log(step, {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(step), **losses})
-            last = step + batch_size > args.total_timesteps
-            if last or run.signal or time.time() - run.saved > CHECKPOINT_SECONDS:
+            over = step + batch_size > args.total_timesteps or run.signal  # what ends the run is saved before
+            if over or time.time() - run.saved > CHECKPOINT_SECONDS:
                 run.save({
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),

@@ -173,7 +173,7 @@ class RunningNorm(nn.Module):
         self.std = (self.var + 1e-8).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * self.std + self.mean
@@ -234,6 +234,7 @@ def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
+# Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
@@ -501,7 +502,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
                 actor.reset(seed, actions.numpy())
             torch.set_rng_state(checkpoint["rng_state"])
-        while step < args.total_timesteps and not run.signal:
+        over = False
+        while not over:
             episodes = collect(agent, actors, device)
             losses = update(agent, theta, phi, policy_optimizer, value_optimizer, episodes, args)
             if not all(map(math.isfinite, losses.values())):
@@ -512,8 +514,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 run.log(step, {"charts/episodic_return": episode.episodic_return,
                                "charts/episodic_length": len(episode.rewards)})
             run.log(step, {"charts/SPS": run.sps(step), **losses})
-            last = step >= args.total_timesteps
-            if last or run.signal or time.time() - run.saved > CHECKPOINT_SECONDS:
+            over = step >= args.total_timesteps or run.signal  # what ends the run is saved before
+            if over or time.time() - run.saved > CHECKPOINT_SECONDS:
                 run.save({
                     "agent": agent.state_dict(),
                     "policy_optimizer": policy_optimizer.state_dict(),
