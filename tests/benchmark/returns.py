@@ -4,7 +4,8 @@
     python tests/benchmark/returns.py --work /tmp/grid      # writes tests/benchmark/results/<name>/<env>/<seed>.csv
 
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result holds the return and length of every
-episode, under one line of comment with the command, commit and versions. What a cell was doing when it was
+episode in training, under one line of comment with the command, commit and versions, and the mean return of 100
+episodes of the trained agent without exploration (`--evaluate`). What a cell was doing when it was
 stopped, and the log of one that failed, stay in --work.
 """
 
@@ -53,15 +54,20 @@ def run(work: Path, name: str, script: str, env_id: str, seed: str, flags: list[
     where = ["--runs-dir", str(folder), "--no-cuda"]
     if checkpoints := sorted(folder.glob("*/checkpoint.pt")):
         where = ["--resume", str(checkpoints[-1])]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
-        environ = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *command[1:], *where], cwd=ROOT, env=environ, stdout=log, stderr=log, check=True)
-    with max(folder.glob("*/metrics.csv")).open() as source:
+    trained = max(folder.glob("*/metrics.csv"))
+    with trained.open() as source:
         rows = list(csv.DictReader(source))
+    evaluate = [sys.executable, command[1], "--evaluate", str(trained.parent), "--eval-episodes", "100"]
+    lines = subprocess.run(evaluate, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
+    evaluated = [float(line.split()[3].strip(",")) for line in lines.splitlines() if line.startswith("episode")]
     result.parent.mkdir(parents=True, exist_ok=True)
     partial = result.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        last = {"steps": int(rows[-1]["global_step"]), "steps_per_second": int(rows[-1]["charts/SPS"])}
+        last = {"steps": int(rows[-1]["global_step"]), "steps_per_second": int(rows[-1]["charts/SPS"]),
+                "evaluated": round(sum(evaluated) / len(evaluated), 1)}
         file.write(describe(" ".join(command), **last))
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("global_step", "episodic_return", "episodic_length"))
