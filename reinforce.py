@@ -170,7 +170,7 @@ class RunningNorm(nn.Module):
         delta = x.mean(0) - self.mean
         self.mean += weight * delta
         self.var += weight * (x.var(0, correction=0) - self.var) + weight * (1 - weight) * delta**2
-        self.std = (self.var + 1e-8).sqrt()
+        self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
@@ -195,7 +195,9 @@ class Agent(nn.Module):
     def noise(self, *shape: int) -> Tensor:
         """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
         shape = (*shape, self.actor[-1].out_features)
-        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.log_std.exp()
+        if self.discrete:
+            return -torch.empty(shape).exponential_().log()
+        return torch.randn(shape) * self.log_std.cpu().exp()  # drawn on the CPU: the same numbers on every device
 
     def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """(N,S) → (N[,A]): an action drawn from πθ(·|s); without noise the most probable one"""
@@ -366,7 +368,8 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
     "losses/entropy", "losses/explained_variance",
 )
-CHECKPOINT_SECONDS = 10  # what a crash costs at most
+FIXED = ("env_id", "num_envs")  # settings that a resumed run keeps
+CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
 class Failure(Exception):
@@ -402,7 +405,7 @@ class Run:
             self.wandb.define_metric("*", step_metric="global_step")
         step = checkpoint["global_step"] if checkpoint else 0
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
-        self.saved = time.time()
+        self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -413,6 +416,9 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: an episode that ended at this step, or an iteration that did."""
+        if not all(map(math.isfinite, metrics.values())):
+            raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
+                          f"environment's observations and rewards; {self.folder} is as last saved")
         row = {"global_step": step, **metrics}
         self.writer.writerow(row)
         if self.args.track:
@@ -426,15 +432,16 @@ class Run:
     def sps(self, step: int) -> int:
         return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
 
-    def save(self, state: dict) -> None:
-        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": self.bar.n, "returns": list(self.returns)}
+    def save(self, step: int, state: dict) -> None:
+        begun = time.time()
+        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "returns": list(self.returns)}
         state["metrics_size"] = self.metrics.tell()
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self.write("checkpoint.pt", buffer.getvalue())
-        self.saved = time.time()
+        self.write("checkpoint.pt", buffer.getbuffer())
+        self.due = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - begun))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """A crash or a full disk leaves the old file or the new one, never half of one."""
         partial = self.folder / f"{name}.partial"
         try:
@@ -445,6 +452,13 @@ class Run:
             os.replace(partial, self.folder / name)
         finally:
             partial.unlink(missing_ok=True)
+
+    def summarize(self, step: int) -> None:
+        print(f"{step} steps, {self.sps(step)} steps/s{', stopped early' if self.signal else ''}")
+        if self.returns:
+            mean, std, count = np.mean(self.returns), np.std(self.returns), len(self.returns)
+            print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
+        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
 
     def close(self) -> None:
         self.bar.close()
@@ -506,17 +520,14 @@ def train(args: Args, checkpoint: dict | None) -> int:
         while not over:
             episodes = collect(agent, actors, device)
             losses = update(agent, theta, phi, policy_optimizer, value_optimizer, episodes, args)
-            if not all(map(math.isfinite, losses.values())):
-                raise Failure(f"the losses after step {step} aren't finite: lower --learning-rate, or look for NaN in "
-                              f"the environment's observations and rewards; {run.folder} is as last saved")
             for episode in episodes:
                 step += len(episode.rewards)
                 run.log(step, {"charts/episodic_return": episode.episodic_return,
                                "charts/episodic_length": len(episode.rewards)})
             run.log(step, {"charts/SPS": run.sps(step), **losses})
             over = step >= args.total_timesteps or run.signal  # what ends the run is saved before
-            if over or time.time() - run.saved > CHECKPOINT_SECONDS:
-                run.save({
+            if over or time.time() > run.due:
+                run.save(step, {
                     "agent": agent.state_dict(),
                     "policy_optimizer": policy_optimizer.state_dict(),
                     "value_optimizer": value_optimizer.state_dict(),
@@ -527,11 +538,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
         # [RF-7] return θ: it is in the checkpoint
         for env in envs:
             env.close()
-    print(f"{step} steps, {run.sps(step)} steps/s{', stopped early' if run.signal else ''}")
-    if run.returns:
-        returns = run.returns
-        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over the last {len(returns)} episodes")
-    print(f"saved in {run.folder}: go on with --resume, look at it with --evaluate")
+    run.summarize(step)
     return run.signal
 
 
@@ -603,8 +610,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            if (args.env_id, args.num_envs) != (saved.env_id, saved.num_envs):
-                raise Failure(f"{path} has --env-id {saved.env_id} --num-envs {saved.num_envs}: leave them so")
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
+            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+                raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)
         if args.evaluate:

@@ -7,6 +7,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 NUMBER = Box(-np.inf, np.inf, (1,), np.float64)
+ONE = Box(np.float32(-1), np.float32(1), (1,))
 
 
 class Counter(gym.Env):
@@ -61,22 +62,30 @@ class Unrepeatable(Counter):
 
 
 class NanReward(Counter):
+    action_space = ONE
+
     def reward(self, action):
         return np.nan
 
 
 class NanObservation(Counter):
+    action_space = ONE
+
     def observe(self):
         return np.full(1, np.nan if self.t else 0.0)
 
 
 class Crash(Counter):
+    action_space = ONE
+
     def reset(self, seed=None, options=None):
         raise RuntimeError("the simulator\nisn't there")
 
 
 class Stuck(Counter):
     """Says so, and then takes a minute for each step."""
+
+    action_space = ONE
 
     def step(self, action):
         print("stuck", flush=True)
@@ -104,6 +113,7 @@ for name, spaces in {
     "MultiDiscreteAction": {"action_space": MultiDiscrete([2, 3])},
     "MatrixAction": {"action_space": Box(-1, 1, (2, 2))},
     "IntegerAction": {"action_space": Box(0, 9, (2,), np.int64)},
+    "UnboundedAction": {"action_space": Box(-np.inf, np.inf, (2,))},
     "DiscreteFromOneAction": {"action_space": Discrete(3, start=1)},
 }.items():
     gym.register(f"{name}-v0", Spaces, kwargs=spaces)

@@ -20,9 +20,11 @@ class Script:
     name: str
     tiny: tuple[str, ...]  # flags of an iteration of `batch` steps that takes a moment
     batch: int
-    learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last 100 returns, by which flags
-    actors: str = "num_envs"  # the flag that counts actors
+    learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
+    last: int = 100  # how many returns that is a mean of
+    actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
+    row_per_batch: bool = True  # of losses
     environments: tuple[str, ...] = ("Hopper-v4", "Hopper-v5", "CartPole-v1", "Pendulum-v1")
 
     @property
@@ -50,6 +52,25 @@ SCRIPTS = [
         batch=128,
         learns=("CartPole-v1", 475, ("--total-timesteps", "200000")),
         whole_episodes=True,
+        row_per_batch=False,
+    ),
+    Script(
+        "a3c",
+        tiny=("--num-workers", "1", "--t-max", "16"),
+        batch=128,
+        learns=("CartPole-v1", 475, ("--total-timesteps", "200000", "--num-workers", "2")),
+        actors="num-workers",
+        whole_episodes=True,
+        row_per_batch=False,
+    ),
+    Script(
+        "ddpg",
+        tiny=("--learning-starts", "64", "--batch-size", "16"),
+        batch=128,
+        learns=("Pendulum-v1", -300, ("--total-timesteps", "12000", "--learning-starts", "1000")),
+        last=20,
+        row_per_batch=False,
+        environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),
     Script(
         "trpo",

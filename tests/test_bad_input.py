@@ -24,7 +24,6 @@ FLAGS = {
     "integers_to_act_with": (["--env-id", "IntegerAction-v0"], "int64"),
     "actions_from_one_on": (["--env-id", "DiscreteFromOneAction-v0"], "start=1"),
     "no_steps": (["--total-timesteps", "0"], "--total-timesteps"),
-    "no_actors": (["--num-envs", "0"], "--num-envs"),
     "no_episodes": (["--eval-episodes", "0"], "--eval-episodes"),
     "a_negative_seed": (["--seed", "-1"], "--seed"),
     "a_gamma_above_one": (["--gamma", "1.01"], "--gamma"),
@@ -49,12 +48,33 @@ FLAGS_OF_GRADIENTS = {
     "a_learning_rate_that_is_no_number": (["--learning-rate", "nan"], "--learning-rate"),
     "an_infinite_learning_rate": (["--learning-rate", "inf"], "--learning-rate"),
 }
+NO_ENVS = {"no_actors": (["--num-envs", "0"], "--num-envs")}
 FLAGS_OF_ONE = {
-    "reinforce": FLAGS_OF_GRADIENTS | {
+    "reinforce": NO_ENVS | FLAGS_OF_GRADIENTS | {
         "a_value_lr_of_nothing": (["--value-lr", "0"], "--value-lr"),
         "no_value_epochs": (["--value-epochs", "0"], "--value-epochs"),
     },
-    "trpo": FLAGS_OF_ROLLOUTS | {
+    "a3c": FLAGS_OF_GRADIENTS | {
+        "no_workers": (["--num-workers", "0"], "--num-workers"),
+        "no_steps_before_an_update": (["--t-max", "0"], "--t-max"),
+        "no_room_for_a_gradient_of_zero": (["--rms-eps", "0"], "--rms-eps"),
+        "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
+        "an_entropy_bonus_below_zero": (["--ent-coef", "-1"], "--ent-coef"),
+        "an_unknown_game": (["--env-id", "ALE/Nothing-v5"], "Nothing"),
+    },
+    "ddpg": NO_ENVS | {
+        "discrete_actions": (["--env-id", "CartPole-v1"], "ppo_clip.py"),
+        "actions_without_bounds": (["--env-id", "UnboundedAction-v0"], "bounds"),
+        "no_room_to_remember": (["--buffer-size", "0"], "--buffer-size"),
+        "empty_minibatches": (["--batch-size", "0"], "--batch-size"),
+        "learning_before_the_start": (["--learning-starts", "-1"], "--learning-starts"),
+        "an_actor_lr_of_nothing": (["--actor-lr", "0"], "--actor-lr"),
+        "a_critic_lr_that_is_no_number": (["--critic-lr", "nan"], "--critic-lr"),
+        "targets_that_overtake": (["--tau", "1.1"], "--tau"),
+        "negative_noise": (["--noise-std", "-0.1"], "--noise-std"),
+        "an_unknown_noise": (["--noise", "pink"], "--noise"),
+    },
+    "trpo": NO_ENVS | FLAGS_OF_ROLLOUTS | {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),
         "no_trust": (["--kl-constraint", "0"], "--kl-constraint"),
         "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
@@ -62,13 +82,13 @@ FLAGS_OF_ONE = {
         "a_search_that_does_not_shrink": (["--backtrack-coef", "1"], "--backtrack-coef"),
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
     },
-    "ppo_clip": FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
+    "ppo_clip": NO_ENVS | FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
         "a_clip_coef_of_nothing": (["--clip-coef", "0"], "--clip-coef"),
         "a_clip_coef_that_is_no_number": (["--clip-coef", "nan"], "--clip-coef"),
         "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
         "an_entropy_bonus_below_zero": (["--ent-coef", "-1"], "--ent-coef"),
     },
-    "ppo_kl": FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
+    "ppo_kl": NO_ENVS | FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
         "a_negative_beta": (["--beta", "-1"], "--beta"),
         "no_target": (["--d-targ", "0"], "--d-targ"),
         "a_norm_that_is_no_number": (["--max-grad-norm", "nan"], "--max-grad-norm"),
@@ -205,7 +225,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(script, module, main, fold
 
 # ── Environments ────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("env_id", ["NanReward-v0", "NanObservation-v0"])
+@pytest.mark.parametrize("env_id", ["envs:NanReward-v0", "envs:NanObservation-v0"])
 def test_nan_from_the_environment_ends_the_run_before_it_is_saved(script, main, runs, env_id):
     code, _, err = main(*script.tiny, "--env-id", env_id, "--total-timesteps", 3 * script.batch)
     assert_one_line(code, err, "NaN", "environment")

@@ -8,6 +8,10 @@ from helpers import SCRIPTS
 
 # What is an algorithm's own although another script has something of that name.
 OWN = {
+    "a3c": {"Args.env_id", "Args.seed", "Args.learning_rate", "Args.ent_coef", "Args.max_grad_norm", "Args.cuda",
+            "Agent.__init__", "Agent.noise", "Agent.act", "score_loss", "make_env", "open_envs", "evaluate", "main", "check", "train"},
+    "ddpg": {"Args.env_id", "Args.num_envs", "Agent.__init__", "Agent.act", "mlp", "open_envs", "collect", "update",
+             "check", "train"},
     "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Agent.__init__", "softmax_log_prob",
                   "collect", "update", "check", "train"},
     "trpo": {"Args.minibatch_size", "Args.update_epochs", "Agent.__init__", "Agent.kl", "gae", "collect", "update",

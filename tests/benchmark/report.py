@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
+SOLVED = "CartPole-v1", 475
 
 
 def read(path: Path) -> tuple[dict, list[dict[str, str]]]:
@@ -40,18 +41,36 @@ def table(header: str, rows: list[tuple]) -> str:
 
 
 def returns_table() -> str:
-    """Mean return of each run's last 100 episodes."""
-    last: dict[tuple[str, str], list[float]] = {}
+    """Mean returns of each run: of its last 100 episodes of training, and of 100 without exploration after it."""
+    trained: dict[tuple[str, str], list[float]] = {}
+    evaluated: dict[tuple[str, str], list[float]] = {}
     made: dict[tuple[str, str], set[str]] = {}
     for name, env_id, _, about, _, returns in runs():
-        last.setdefault((name, env_id), []).append(returns[-100:].mean())
-        made.setdefault((name, env_id), set()).add(about["commit"])
+        if env_id != SOLVED[0]:
+            trained.setdefault((name, env_id), []).append(returns[-100:].mean())
+            evaluated.setdefault((name, env_id), []).extend([about["evaluated"]] if "evaluated" in about else [])
+            made.setdefault((name, env_id), set()).add(about["commit"])
     rows = [
-        (name, env_id, f"{np.mean(means[:3]):.0f}", f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
+        (name, env_id, f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
+         " ".join(f"{mean:.0f}" for mean in evaluated[name, env_id]) or "not measured",
          ", ".join(f"`{commit}`" for commit in sorted(made[name, env_id])))
-        for (name, env_id), means in last.items()
+        for (name, env_id), means in trained.items()
     ]
-    return table("| run | environment | seeds 1 – 3 | all seeds | each seed | commit |", rows)
+    return table("| run | environment | mean | seeds 1, 2, … | the same agents without exploration | commit |", rows)
+
+
+def solved_table() -> str:
+    """Steps until the mean return of 100 episodes has reached what counts as solved."""
+    solved, made = {}, {}
+    for name, env_id, _, about, steps, returns in runs():
+        if env_id == SOLVED[0]:
+            means = np.convolve(returns, np.ones(100) / 100, "valid")
+            reached = f"{steps[99:][means >= SOLVED[1]][0]:.0f}" if (means >= SOLVED[1]).any() else "never"
+            solved.setdefault(name, []).append(reached)
+            made.setdefault(name, set()).add(about["commit"])
+    rows = [(name, " ".join(steps), ", ".join(f"`{commit}`" for commit in sorted(made[name])))
+            for name, steps in solved.items()]
+    return table("| run | steps, seeds 1, 2, … | commit |", rows)
 
 
 def speed_table() -> str:
@@ -99,12 +118,15 @@ def fill(text: str, name: str, content: str) -> str:
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    return fill(fill(text, "returns", returns_table()), "speed", speed_table())
+    tables = {"returns": returns_table, "solved": solved_table, "speed": speed_table}
+    for name, make in tables.items():
+        text = fill(text, name, make())
+    return text
 
 
 def main() -> None:
     (ROOT / "README.md").write_text(readme())
-    for env_id in sorted({env_id for _, env_id, *_ in runs()}):
+    for env_id in sorted({env_id for _, env_id, *_ in runs()} - {SOLVED[0]}):
         curves(env_id)
 
 
