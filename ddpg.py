@@ -123,7 +123,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
+        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     return env
 
@@ -191,7 +191,7 @@ class Agent(nn.Module):
 def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
     """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
 
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
     parameters = list(parameters)
     sizes = [parameter.numel() for parameter in parameters]
     theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
@@ -269,8 +269,8 @@ def collect(agent: Agent, actors: list[Actor], replay: Replay, noise: Tensor, ar
         actions = torch.rand(noise.shape) * 2 - 1
     else:
         # [DDPG-6] a_t = μ(s_t|θ^μ) + N_t
-        noise.copy_(ornstein_uhlenbeck(noise, torch.randn(noise.shape), args.ou_theta if args.noise == "ou" else 1.0,
-                                       args.noise_std))
+        normal, decay = torch.randn(noise.shape).to(noise.device), args.ou_theta if args.noise == "ou" else 1.0
+        noise.copy_(ornstein_uhlenbeck(noise, normal, decay, args.noise_std))
         actions = agent.act(torch.from_numpy(obs).to(replay.rows.device), noise).cpu()
     for n, (actor, s, a) in enumerate(zip(actors, obs, actions.numpy())):
         # [DDPG-7] execute a_t, observe r_t and s_{t+1}
@@ -456,7 +456,10 @@ def train(args: Args, checkpoint: dict | None) -> int:
     actor_optimizer = torch.optim.Adam([vectors[0]], lr=args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam([vectors[1]], lr=args.critic_lr, fused=True)
     S, A = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    replay, noise = Replay(args.buffer_size, S, A, device), torch.zeros(args.num_envs, A, device=device)
+    try:
+        replay, noise = Replay(args.buffer_size, S, A, device), torch.zeros(args.num_envs, A, device=device)
+    except RuntimeError:
+        raise Failure(f"there is no memory for --buffer-size {args.buffer_size}: lower it")
     step, losses = 0, []
     if checkpoint:
         step = checkpoint["global_step"]
@@ -510,7 +513,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes with the most probable actions, while nothing learns"""
+    """(return, length) of episodes without exploration, while nothing learns"""
     results = []
     for episode in range(episodes):
         actor, over = Actor(env), False

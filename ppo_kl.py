@@ -109,7 +109,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
+        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     return env
 
@@ -226,7 +226,7 @@ class Agent(nn.Module):
 def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
     """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
 
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
     parameters = list(parameters)
     sizes = [parameter.numel() for parameter in parameters]
     theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
@@ -570,7 +570,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes with the most probable actions, while nothing learns"""
+    """(return, length) of episodes without exploration, while nothing learns"""
     results = []
     for episode in range(episodes):
         actor, over = Actor(env), False

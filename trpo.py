@@ -83,7 +83,7 @@ class Args:
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_envs: int = 8  # N: actors, each with an environment of its own
-    num_steps: int = 256  # T: steps that each actor collects per iteration
+    num_steps: int = 128  # T: steps that each actor collects per iteration
     solver: Literal["cg", "penalty"] = "cg"  # conjugate gradient and line search, or a penalty with a price λ
     kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
     cg_iters: int = 25  # iterations of the conjugate gradient
@@ -119,7 +119,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        # [DETAIL] A Gaussian knows no bounds: ±1, its first standard deviation, becomes the environment's range.
+        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
         env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     return env
 
@@ -239,7 +239,7 @@ class Agent(nn.Module):
 def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
     """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
 
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not thirteen."""
+    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
     parameters = list(parameters)
     sizes = [parameter.numel() for parameter in parameters]
     theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
@@ -645,7 +645,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes with the most probable actions, while nothing learns"""
+    """(return, length) of episodes without exploration, while nothing learns"""
     results = []
     for episode in range(episodes):
         actor, over = Actor(env), False

@@ -66,6 +66,7 @@ FLAGS_OF_ONE = {
         "discrete_actions": (["--env-id", "CartPole-v1"], "ppo_clip.py"),
         "actions_without_bounds": (["--env-id", "UnboundedAction-v0"], "bounds"),
         "no_room_to_remember": (["--buffer-size", "0"], "--buffer-size"),
+        "more_to_remember_than_there_is_room": (["--buffer-size", "1000000000000"], "--buffer-size"),
         "empty_minibatches": (["--batch-size", "0"], "--batch-size"),
         "learning_before_the_start": (["--learning-starts", "-1"], "--learning-starts"),
         "an_actor_lr_of_nothing": (["--actor-lr", "0"], "--actor-lr"),

@@ -355,6 +355,13 @@ def test_then_they_are_the_policys_and_noise_of_its_own_for_each_actor(settings,
     assert torch.corrcoef(torch.stack([normal[:, 0], noise[:-1, 0]]))[0, 1].abs() < 4 / 1000**0.5
 
 
+def test_lasting_noise_begins_with_the_first_action_of_the_policy():
+    agent, actors, (replay, noise) = new_agent(1, 1), [Actor(Endless())], empty()
+    for noisy in False, False, True:
+        collect(agent, actors, replay, noise, Args(learning_starts=2, noise="ou"))
+        assert noise.any() == noisy
+
+
 def test_an_actors_noise_ends_with_its_episode():
     agent, args = new_agent(1, 1), Args(learning_starts=0, noise="ou", noise_std=0.1)
     actors = [Actor(envs.Echo(length=2)), Actor(envs.Echo(length=9)), Actor(gym.wrappers.TimeLimit(Endless(), 2))]
@@ -601,7 +608,7 @@ class Peak(Endless):
 
 def learned(env, updates, **settings):
     """An agent after 1000 random steps and so many updates"""
-    agent, (replay, noise), args = new_agent(1, 1), empty(), Args(batch_size=256, tau=0.2, **settings)
+    agent, (replay, noise), args = new_agent(1, 1), empty(), Args(batch_size=128, tau=0.2, **settings)
     actors = [Actor(env)]
     for _ in range(1000):
         collect(agent, actors, replay, noise, args)
@@ -617,9 +624,9 @@ def learned(env, updates, **settings):
     (gym.wrappers.TimeLimit(Steady(), 5), 1 / (1 - 0.6)),
 ], ids=["terminated", "truncated"])
 def test_a_time_limit_takes_nothing_from_the_value_and_a_termination_does(env, value):
-    agent, actions = learned(env, 300, gamma=0.6), torch.linspace(-0.9, 0.9, 7)[:, None]
+    agent, actions = learned(env, 200, gamma=0.6), torch.linspace(-0.9, 0.9, 7)[:, None]
     assert agent.critic(torch.zeros(7, 1), actions).mean().item() == pytest.approx(value, rel=0.1)
 
 
 def test_the_actor_finds_the_best_action_of_a_critic_that_saw_random_ones():
-    assert learned(Peak(), 300, gamma=0.0).act(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+    assert learned(Peak(), 200, gamma=0.0).act(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
