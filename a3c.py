@@ -9,8 +9,8 @@
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
 
     python a3c.py --env-id Hopper-v4
-    python a3c.py --env-id CartPole-v1 --total-timesteps 300000
-    python a3c.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --lstm
+    python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000    # 2 minutes: return about 500
+    python a3c.py --env-id ALE/Pong-v5 --lstm --total-timesteps 10000000
 
 Slides "复习A2C：优势Actor-Critic", "A3C: 异步A2C方法", "A3C算法" (Mnih et al. 2016, arXiv:1602.01783, algorithm S3)
 
@@ -390,7 +390,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
         # [A3C-6] get state s_t
-        obs = [torch.as_tensor(actor.obs, dtype=torch.float32)]
+        obs = [torch.tensor(actor.obs, dtype=torch.float32)]
         # [A3C-7] repeat
         terminated = truncated = False
         while not (terminated or truncated or t - t_start == args.t_max):
@@ -399,7 +399,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
                 action, memory = agent.act(obs[-1].unsqueeze(0), memory, agent.noise(1).to(device))
             # [A3C-9] receive reward r_t and new state s_{t+1}
             next_obs, reward, terminated, truncated = actor.step(action[0].cpu().numpy())
-            obs.append(torch.as_tensor(next_obs, dtype=torch.float32))
+            obs.append(torch.tensor(next_obs, dtype=torch.float32))
             actions.append(action)
             rewards.append(reward)
             # [A3C-10] t ← t + 1
@@ -438,7 +438,8 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         # [A3C-18] end for
         theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)  # [DETAIL] no leap on an odd segment
         if not theta.grad.isfinite().all():
-            raise FloatingPointError
+            raise FloatingPointError("its gradient isn't finite: lower --learning-rate, or look for NaN in the "
+                                     "environment's observations and rewards")
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
         rmsprop_(shared.theta, shared.square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
@@ -589,44 +590,40 @@ def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, state:
         signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells
     warnings.filterwarnings("ignore", message=".*is out of date")
     torch.set_num_threads(1)  # a core of its own is all that an actor-learner has
-    try:
-        env = make_env(args.env_id, args.capture_video and n == 0)
-        if args.capture_video and n == 0:
-            env = record(env, folder, f"step-{shared.T.value}")
-        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        agent = Agent(env.observation_space, env.action_space, args.lstm).to(device)
-        torch.manual_seed(seed)
-        actor, memory, losses = Actor(env), state.get("memory"), state.get("losses", [])
-        if state:
-            actor.reset(state["seed"], state["actions"].numpy())
-            torch.set_rng_state(state["rng_state"])
+    with contextlib.suppress(ConnectionError, EOFError):  # of a parent that is no more
+        try:
+            env = make_env(args.env_id, args.capture_video and n == 0)
+            if args.capture_video and n == 0:
+                env = record(env, folder, f"step-{shared.T.value}")
+            device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+            agent = Agent(env.observation_space, env.action_space, args.lstm).to(device)
+            torch.manual_seed(seed)
+            actor, memory, losses = Actor(env), state.get("memory"), state.get("losses", [])
+            if state:
+                actor.reset(state["seed"], state["actions"].numpy())
+                torch.set_rng_state(state["rng_state"])
 
-        def meet() -> bool:
-            """Sends what the checkpoint needs, waits until it is written; whether to go on"""
-            actions = torch.from_numpy(np.array(actor.actions))
-            pipe.send(("state", {"memory": memory, "losses": losses, "seed": actor.seed, "actions": actions,
-                                 "rng_state": torch.get_rng_state()}))
-            return pipe.recv()
+            def meet() -> bool:
+                """Sends what the checkpoint needs, waits until it is written; whether to go on"""
+                actions = torch.from_numpy(np.array(actor.actions))
+                pipe.send(("state", {"memory": memory, "losses": losses, "seed": actor.seed, "actions": actions,
+                                     "rng_state": torch.get_rng_state()}))
+                return pipe.recv()
 
-        for T, memory, episode, learning_rate, loss in actor_learner(n, agent, actor, memory, shared, args):
-            losses.append(loss)
-            ended = T >= args.total_timesteps
-            if episode:
-                pipe.send(("row", (T, dict(zip(METRICS, episode)))))
-            if len(losses) * args.t_max >= LOG_STEPS or ended:
-                means = np.mean(losses, axis=0).tolist()
-                pipe.send(("row", (T, {"charts/learning_rate": learning_rate, **dict(zip(METRICS[4:], means))})))
-                losses = []
-            if (ended or shared.pause.value) and not meet():
-                break
-        env.close()
-    except (BrokenPipeError, EOFError):
-        pass  # the parent is no more
-    except FloatingPointError:
-        pipe.send(("error", "its gradient isn't finite: lower --learning-rate, or look for NaN in the environment's "
-                            "observations and rewards"))
-    except Exception as error:  # an environment may raise whatever it likes
-        pipe.send(("error", " ".join(str(error).split()) or repr(error)))
+            for T, memory, episode, learning_rate, loss in actor_learner(n, agent, actor, memory, shared, args):
+                losses.append(loss)
+                ended = T >= args.total_timesteps
+                if episode:
+                    pipe.send(("row", (T, dict(zip(METRICS, episode)))))
+                if len(losses) * args.t_max >= LOG_STEPS or ended:
+                    means = np.mean(losses, axis=0).tolist()
+                    pipe.send(("row", (T, {"charts/learning_rate": learning_rate, **dict(zip(METRICS[4:], means))})))
+                    losses = []
+                if (ended or shared.pause.value) and not meet():
+                    break
+            env.close()
+        except Exception as error:  # an environment may raise whatever it likes
+            pipe.send(("error", " ".join(str(error).split()) or repr(error)))
 
 
 class Workers:

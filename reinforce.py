@@ -9,7 +9,8 @@
 """REINFORCE: actions become more probable by the return that followed them; with --baseline, by how much more it was
 than expected.
 
-    python reinforce.py --env-id CartPole-v1 --baseline
+    python reinforce.py --env-id CartPole-v1 --total-timesteps 200000   # 5 seconds: return about 500
+    python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 2 minutes: return about 1700
 
 Slides "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "A2C: 优势Actor-Critic" (Williams 1992; Sutton & Barto, ch. 13)
 

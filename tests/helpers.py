@@ -58,7 +58,7 @@ SCRIPTS = [
         "a3c",
         tiny=("--num-workers", "1", "--t-max", "16"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "200000", "--num-workers", "2")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000", "--num-workers", "2")),
         actors="num-workers",
         whole_episodes=True,
         row_per_batch=False,
@@ -67,7 +67,7 @@ SCRIPTS = [
         "ddpg",
         tiny=("--learning-starts", "64", "--batch-size", "16"),
         batch=128,
-        learns=("Pendulum-v1", -300, ("--total-timesteps", "12000", "--learning-starts", "1000")),
+        learns=("Pendulum-v1", -300, ("--total-timesteps", "10000", "--learning-starts", "1000")),
         last=20,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
@@ -109,7 +109,7 @@ def start(path: Path, *flags: str, **options) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, stdout, stderr"""
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, out, err
