@@ -56,7 +56,7 @@ Departures from the slides
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
     A3C-20    stops at T ≥ T_max: a run of a million steps has a million.
     θ, θ_v    have the layers before the last in common, as the paper's have.
-    t_max     is 20 here with a step size of 2e-3; the paper's 5 and 7e-4 suit its 16 actor-learners on Atari.
+    t_max     is 20 here with a step size of 1e-3; the paper's 5 and 7e-4 suit its 16 actor-learners on Atari.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -101,7 +101,7 @@ class Args:
     num_workers: int = 4  # actor-learners, each a process with an environment of its own
     t_max: int = 20  # steps between two updates of an actor-learner, fewer where an episode ends
     lstm: bool = False  # a memory between the observations and the decisions
-    learning_rate: float = 2e-3  # RMSProp's step size at the start
+    learning_rate: float = 1e-3  # RMSProp's step size at the start
     anneal_lr: bool = True  # lower the step size linearly to 0 over the run
     rms_alpha: float = 0.99  # how much of RMSProp's mean square of the gradient stays at each update
     rms_eps: float = 0.1  # added to that mean square
