@@ -347,7 +347,7 @@ def test_the_noise_makes_the_most_probable_action_a_draw_from_the_policy():
 
 
 def test_what_other_processes_do_to_theta_is_seen_as_a_segment_begins_and_not_before_and_not_lost(trial):
-    trial = trial(Noise(), anneal_lr=False)
+    trial = trial(Noise(), learning_rate=7e-4, anneal_lr=False)
     theta, begun = trial.shared.theta, []
 
     def interfere():
@@ -399,7 +399,7 @@ def test_a_gradient_longer_than_the_longest_allowed_is_shortened_to_it(trial):
 
 def test_the_bonus_makes_the_policy_less_certain(trial):
     for space in (Discrete(3), Box(-1, 1, (2,))):
-        one = trial(Noise(space), ent_coef=1000.0)
+        one = trial(Noise(space), learning_rate=1e-4, ent_coef=1000.0)
         watch = next(one)
         obs = [obs for obs, *_ in watch.seen]
         after = copy.deepcopy(one.shared.agent).double()
