@@ -297,7 +297,7 @@ def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
-# Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
+# Pure functions of tensors, which only rmsprop_ changes; shapes that don't broadcast raise torch's RuntimeError.
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""

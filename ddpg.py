@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """DDPG: a deterministic policy climbs the slope that the critic's value has in the action; both learn off-policy.
 
-    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 45 minutes: return about 1600
+    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 50 minutes: return about 1600
     python ddpg.py --env-id Pendulum-v1 --total-timesteps 20000         # 1 minute: then, with --evaluate, about -150
 
 Slides 确定性梯度策略, 深度确定性策略梯度: named in the deck, their text is missing there. What they would derive:
@@ -496,6 +496,9 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 losses = []
             if over or time.time() > run.due:
                 filled = replay.rows[:len(replay)].cpu().numpy()  # by way of NumPy, or the rest would be saved with it
+                if not (np.isfinite(filled).all() and all(loss.isfinite().all() for loss in losses)):
+                    raise Failure(f"the numbers before step {step} aren't finite: lower the learning rate, or look for "
+                                  f"NaN in the environment's observations and rewards; {run.folder} is as last saved")
                 run.save(step, {
                     "agent": agent.state_dict(),
                     "actor_optimizer": actor_optimizer.state_dict(),

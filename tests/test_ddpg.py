@@ -16,6 +16,7 @@ from ddpg import (
     Actor, Agent, Args, Replay, action_gradient, as_vector, collect, critic_loss, make_env, ornstein_uhlenbeck,
     soft_update, td_target, update,
 )
+from helpers import ROOT, run
 from oracles import assert_same, flat, gradient
 
 CPU = torch.device("cpu")
@@ -630,3 +631,9 @@ def test_a_time_limit_takes_nothing_from_the_value_and_a_termination_does(env, v
 
 def test_the_actor_finds_the_best_action_of_a_critic_that_saw_random_ones():
     assert learned(Peak(), 200, gamma=0.0).act(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_nan_from_the_environment_is_not_saved_even_before_anything_is_learned_from_it(tmp_path):
+    flags = "--env-id", "envs:NanReward-v0", "--total-timesteps", 3, "--runs-dir", tmp_path
+    code, _, err = run(ROOT / "ddpg.py", *flags)
+    assert code == 2 and "NaN" in err and not list(tmp_path.glob("*/checkpoint.pt"))
