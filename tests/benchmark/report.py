@@ -46,18 +46,20 @@ def returns_table() -> str:
     trained: dict[tuple[str, str], list[float]] = {}
     evaluated: dict[tuple[str, str], list[float]] = {}
     made: dict[tuple[str, str], set[str]] = {}
+    trained_for: dict[tuple[str, str], int] = {}
     for name, env_id, _, about, _, returns in runs():
         if env_id != SOLVED[0]:
+            trained_for[name, env_id] = about.get("steps", STEPS)
             trained.setdefault((name, env_id), []).append(returns[-100:].mean())
             evaluated.setdefault((name, env_id), []).extend([about["evaluated"]] if "evaluated" in about else [])
             made.setdefault((name, env_id), set()).add(about["commit"])
     rows = [
-        (name, env_id, f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
+        (name, env_id, f"{trained_for[name, env_id] / 1e6:.2f}M", f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
          " ".join(f"{mean:.0f}" for mean in evaluated[name, env_id]) or "not measured",
          ", ".join(f"`{commit}`" for commit in sorted(made[name, env_id])))
         for (name, env_id), means in trained.items()
     ]
-    return table("| run | environment | mean | seeds 1, 2, … | the same agents without exploration | commit |", rows)
+    return table("| run | environment | steps | mean | seeds 1, 2, … | the same agents without exploration | commit |", rows)
 
 
 def solved_table() -> str:
@@ -95,17 +97,17 @@ def curves(env_id: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    grid = np.linspace(0, STEPS, 200)
+    shown = [(name, steps, returns) for name, env, _, _, steps, returns in runs() if env == env_id]
+    grid = np.linspace(0, max(STEPS, *(steps[-1] for _, steps, _ in shown)), 200)
     seeds: dict[str, list[np.ndarray]] = {}
-    for name, env, _, _, steps, returns in runs():
-        if env == env_id:
-            smooth = np.convolve(returns, np.ones(100) / 100, "valid")
-            seeds.setdefault(name, []).append(np.interp(grid, steps[99:], smooth, left=np.nan))
+    for name, steps, returns in shown:
+        smooth, right = np.convolve(returns, np.ones(100) / 100, "valid"), None if grid[-1] == STEPS else np.nan
+        seeds.setdefault(name, []).append(np.interp(grid, steps[99:], smooth, left=np.nan, right=right))
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for color, (name, lines) in enumerate(seeds.items()):
         axes.plot(grid, np.transpose(lines), color=f"C{color}", linewidth=0.6, alpha=0.5)
         axes.plot(grid, np.mean(lines, axis=0), color=f"C{color}", linewidth=2, label=f"{name} ({len(lines)})")
-    axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of 100 episodes", xlim=(0, STEPS))
+    axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of 100 episodes", xlim=(0, grid[-1]))
     axes.grid(alpha=0.3)
     axes.legend(title="run (seeds)", loc="center left", bbox_to_anchor=(1, 0.5))
     FIGURES.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@
     python tests/benchmark/speed.py                 # writes tests/benchmark/results/speed.csv
 
 The programs take turns, so that a machine whose speed drifts slows all of them alike; each measurement is a process
-of its own, on one thread. The first third of its steps is burn-in and not counted.
+of its own, on one thread (a3c: on one for each worker). The first third of its steps is burn-in and not counted.
 """
 
 import argparse
@@ -24,7 +24,8 @@ RESULTS = Path(__file__).parent / "results" / "speed.csv"
 ENV_IDS = ("Hopper-v4",)
 REPEATS = 3
 STEPS = 30 * 2048
-PROGRAMS = ("environment", "ppo_clip", "SB3 PPO")  # SB3 at its defaults: 2048 steps, 10 epochs, minibatches of 64
+PROGRAMS = ("environment", "ppo_clip", "SB3 PPO",  # SB3 at its defaults: 2048 steps, 10 epochs, minibatches of 64
+            "a3c --num-workers 1", "a3c --num-workers 2")
 
 
 def rate(times: list[tuple[int, float]]) -> float:
@@ -49,11 +50,12 @@ def environment(env_id: str) -> float:
     return rate(times)
 
 
-def script(name: str, env_id: str) -> float:
+def script(program: str, env_id: str) -> float:
     """A whole run from the command line, with its logging and saving; its metrics tell the time."""
+    name, *flags = program.split()
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, f"{name}.py", "--env-id", env_id, "--total-timesteps", str(STEPS), "--no-cuda"]
-        subprocess.run([*command, "--runs-dir", runs], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([*command, *flags, "--runs-dir", runs], cwd=ROOT, check=True, capture_output=True)
         (metrics,) = Path(runs).glob("*/metrics.csv")
         rows = [(int(row["global_step"]), row["charts/SPS"]) for row in csv.DictReader(metrics.open())]
     return rate([(step, step / float(sps)) for step, sps in rows if sps])
