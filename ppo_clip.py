@@ -45,9 +45,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -106,7 +108,9 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+        low, high = env.action_space.low, env.action_space.high
+        middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
+        env = gym.wrappers.TransformAction(env, lambda action: np.clip(middle + half * action, low, high), unit)
     return env
 
 
@@ -121,7 +125,10 @@ class Actor:
         """A new episode, or that of a checkpoint: its actions taken again."""
         self.seed = torch.randint(2**31, ()).item() if seed is None else seed
         self.actions, self.episodic_return = [], 0.0
-        self.obs, _ = self.env.reset(seed=self.seed)
+        try:
+            self.obs, _ = self.env.reset(seed=self.seed)
+        except Exception as error:
+            raise blame(error)
         for action in actions:
             _, _, terminated, truncated = self.step(action)
             if terminated or truncated:  # a simulator that doesn't repeat itself
@@ -129,9 +136,12 @@ class Actor:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
-        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        try:
+            self.obs, reward, terminated, truncated, _ = self.env.step(action)
+            self.episodic_return += float(reward)
+        except Exception as error:
+            raise blame(error)
         self.actions.append(action)
-        self.episodic_return += float(reward)
         return self.obs, reward, terminated, truncated
 
 
@@ -152,15 +162,15 @@ class RunningNorm(nn.Module):
     """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
     numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
 
-    def __init__(self, size: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """x: (B, size). Pools two samples' moments (Chan et al. 1979)."""
+        """x: (B, *shape). Pools two samples' moments (Chan et al. 1979)."""
         self.count += len(x)
         weight = (len(x) / self.count).float()
         delta = x.mean(0) - self.mean
@@ -320,7 +330,8 @@ def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, 
         agent.value_norm.update(returns.reshape(-1, 1))
         # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-        old_log_probs = agent.log_prob(agent.actor(x), rollout.actions)  # log π_θold, before θ moves
+        old_output = agent.actor(x)  # π_θold, before θ moves
+        old_log_probs = agent.log_prob(old_output, rollout.actions)
     targets = agent.value_norm(returns)
     batch = [y.flatten(0, 1) for y in (x, rollout.actions, old_log_probs, advantages, targets)]
 
@@ -373,6 +384,25 @@ class Failure(Exception):
     """Something that the user can mend; shown as one line."""
 
 
+def blame(error: Exception) -> Failure:
+    """What an environment raised, which may be whatever it likes, and where."""
+    where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(f"{type(error).__name__}: {error}".split())
+    return Failure(f"the environment failed in line {where.lineno} of {Path(where.filename).name}: {text}")
+
+
+def new_folder(args: Args) -> Path:
+    while True:
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
+
+
 class Run:
     """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
 
@@ -382,9 +412,9 @@ class Run:
         if checkpoint:
             self.folder = checkpoint_path(args.resume).parent
         else:
-            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-            self.folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
-            self.folder.mkdir(parents=True)
+            self.folder = new_folder(args)
+        if args.track:
+            self.wandb = self.start_wandb()
         versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
         config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
         self.write("config.json", json.dumps(config, indent=2).encode())
@@ -394,17 +424,25 @@ class Run:
         self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
         if self.metrics.tell() == 0:
             self.writer.writeheader()
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    id=self.folder.name, name=self.folder.name, dir=self.folder, resume="allow")
-            self.wandb.define_metric("*", step_metric="global_step")
         step = checkpoint["global_step"] if checkpoint else 0
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
         self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
+
+    def start_wandb(self) -> "wandb.Run":
+        try:
+            import wandb
+
+            name, project, entity = self.folder.name, self.args.wandb_project_name, self.args.wandb_entity
+            tracked = wandb.init(project=project, entity=entity, config=asdict(self.args), id=name, name=name,
+                                 dir=self.folder, resume="allow")
+        except Exception as error:
+            if not self.args.resume:
+                shutil.rmtree(self.folder)
+            raise Failure(f"--track fails ({' '.join(str(error).split())}): log in, or set WANDB_MODE=offline")
+        tracked.define_metric("*", step_metric="global_step")
+        return tracked
 
     def stop(self, number: int, _frame) -> None:
         """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
@@ -415,7 +453,7 @@ class Run:
         """One row: an episode that ended at this step, or an iteration that did."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
-                          f"environment's observations and rewards; {self.folder} is as last saved")
+                          "environment's observations and rewards")
         row = {"global_step": step, **metrics}
         self.writer.writerow(row)
         if self.args.track:
@@ -457,18 +495,24 @@ class Run:
             print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
         print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         self.bar.close()
         self.metrics.close()
         if self.args.track:
             self.wandb.finish()
+        if isinstance(error, Failure):
+            saved = (self.folder / "checkpoint.pt").exists()
+            raise Failure(f"{error}; {self.folder} {'is as last saved' if saved else 'has no checkpoint yet'}")
 
 
 def open_envs(args: Args, count: int) -> list[gym.Env]:
     """The environments, once the first has shown that the algorithm can serve it."""
     try:
         envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
-        envs[0].reset(seed=args.seed)
+        obs, _ = envs[0].reset(seed=args.seed)
         if args.capture_video:
             envs[0].render()
     except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
@@ -477,6 +521,8 @@ def open_envs(args: Args, count: int) -> list[gym.Env]:
     observed, acted = envs[0].observation_space, envs[0].action_space
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
         raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
+    if np.shape(obs) != observed.shape:
+        raise Failure(f"{args.env_id} says that it observes {observed}, but observes {np.shape(obs)}: mend it")
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
         raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
@@ -502,7 +548,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
             raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    with contextlib.closing(Run(args, checkpoint)) as run:
+    with Run(args, checkpoint) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")
         actors = [Actor(env) for env in envs]
@@ -626,7 +672,8 @@ def main() -> None:
             sys.exit(128 + number)
     except (Failure, OSError) as error:
         if isinstance(error, OSError):
-            error = f"{error.filename or 'the disk'}: {error.strerror}; make room for it or choose another --runs-dir"
+            error = (f"{error.filename or 'the disk'}: {error.strerror}; see that it has room and can be written to, or "
+                     "choose another --runs-dir")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -41,8 +41,8 @@ Symbols     variable            shape     meaning
 Departures from the slides
     RF-4      θ moves once for N episodes, not at each t: the later steps of an episode are then still samples of the
               policy that the gradient is taken at. α goes through Adam.
-    G_t       of an episode cut by a time limit is unknown. With --baseline V(s_T) stands for what is missing. Without,
-              steps that miss more than a share TAIL of their weights, γ^{T−t} > TAIL, are left out of the sum.
+    G_t       of an episode cut by a time limit or the run's end is unknown. With --baseline V(s_T) stands for what is
+              missing. Without, steps that miss more than a share TAIL of their weights, γ^{T−t} > TAIL, don't count.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -53,9 +53,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -111,7 +113,9 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+        low, high = env.action_space.low, env.action_space.high
+        middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
+        env = gym.wrappers.TransformAction(env, lambda action: np.clip(middle + half * action, low, high), unit)
     return env
 
 
@@ -126,7 +130,10 @@ class Actor:
         """A new episode, or that of a checkpoint: its actions taken again."""
         self.seed = torch.randint(2**31, ()).item() if seed is None else seed
         self.actions, self.episodic_return = [], 0.0
-        self.obs, _ = self.env.reset(seed=self.seed)
+        try:
+            self.obs, _ = self.env.reset(seed=self.seed)
+        except Exception as error:
+            raise blame(error)
         for action in actions:
             _, _, terminated, truncated = self.step(action)
             if terminated or truncated:  # a simulator that doesn't repeat itself
@@ -134,9 +141,12 @@ class Actor:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
-        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        try:
+            self.obs, reward, terminated, truncated, _ = self.env.step(action)
+            self.episodic_return += float(reward)
+        except Exception as error:
+            raise blame(error)
         self.actions.append(action)
-        self.episodic_return += float(reward)
         return self.obs, reward, terminated, truncated
 
 
@@ -157,15 +167,15 @@ class RunningNorm(nn.Module):
     """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
     numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
 
-    def __init__(self, size: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """x: (B, size). Pools two samples' moments (Chan et al. 1979)."""
+        """x: (B, *shape). Pools two samples' moments (Chan et al. 1979)."""
         self.count += len(x)
         weight = (len(x) / self.count).float()
         delta = x.mean(0) - self.mean
@@ -290,28 +300,30 @@ class Episode(NamedTuple):
     rewards: Tensor
     last_obs: Tensor  # (S,), the observation after the last action
     truncated: bool  # the episode was cut, by a time limit say, rather than over
-    episodic_return: float
+    result: tuple[float, int] | None  # its return and length; None where it was the run's end that cut it
 
 
 @torch.no_grad()
-def collect(agent: Agent, actors: list[Actor], device: torch.device) -> list[Episode]:
-    """[RF-2] for each episode ~ πθ: N at a time, one from each actor"""
+def collect(agent: Agent, actors: list[Actor], device: torch.device, limit: float = math.inf) -> list[Episode]:
+    """[RF-2] for each episode ~ πθ: N at a time, one from each actor, cut after `limit` steps in all"""
     steps, ends = [[] for _ in actors], [() for _ in actors]  # of each actor: (s_t, a_t, r_t); how it ended
     running = list(range(len(actors)))
-    while running:
+    while running and sum(map(len, steps)) < limit:
         obs = np.array([actors[n].obs for n in running], np.float32)
         actions = agent.act(torch.from_numpy(obs).to(device), agent.noise(len(running)).to(device)).cpu().numpy()
         for n, s, a in zip(list(running), obs, actions):
             last_obs, reward, terminated, truncated = actors[n].step(a)
             steps[n].append((s, a, np.float32(reward)))
             if terminated or truncated:
-                ends[n] = np.float32(last_obs), truncated and not terminated, actors[n].episodic_return
+                ends[n] = np.float32(last_obs), truncated and not terminated, (actors[n].episodic_return, len(actors[n].actions))
                 actors[n].reset()
                 running.remove(n)
+    for n in running:
+        ends[n] = np.float32(actors[n].obs), True, None
     return [
         Episode(*(torch.as_tensor(np.array(y), device=device) for y in zip(*taken)),
-                torch.as_tensor(last_obs, device=device), truncated, episodic_return)
-        for taken, (last_obs, truncated, episodic_return) in zip(steps, ends)
+                torch.as_tensor(last_obs, device=device), truncated, result)
+        for taken, (last_obs, truncated, result) in zip(steps, ends)
     ]
 
 
@@ -338,15 +350,18 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
         if args.norm_returns and known.any():
             # [DETAIL] Returns of one sign push all actions the same way, and their size would decide the step's.
             weights = (weights - weights[known].mean()) / (weights[known].std(correction=0) + 1e-8)
-    # [RF-3] for t = 1 to T do: all t of all episodes at once
-    log_prob = agent.log_prob(agent.actor(x), actions)
-    policy_loss = score_loss(log_prob[known], weights[known], len(episodes))
-    # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
-    theta.grad.zero_()
-    policy_loss.backward()
-    policy_optimizer.step()
-    # [RF-5] end for
-    metrics = {"losses/policy_loss": policy_loss.item(), "losses/entropy": agent.entropy(agent.actor(x)).item()}
+    metrics = {}
+    if known.any():
+        # [RF-3] for t = 1 to T do: all t of all episodes at once
+        log_prob = agent.log_prob(agent.actor(x), actions)
+        policy_loss = score_loss(log_prob[known], weights[known], len(episodes))
+        # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
+        theta.grad.zero_()
+        policy_loss.backward()
+        policy_optimizer.step()
+        # [RF-5] end for
+        metrics["losses/policy_loss"] = policy_loss.item()
+    metrics["losses/entropy"] = agent.entropy(agent.actor(x)).item()
     if args.baseline:
         agent.value_norm.update(returns[:, None])
         targets, losses = agent.value_norm(returns), []
@@ -377,6 +392,25 @@ class Failure(Exception):
     """Something that the user can mend; shown as one line."""
 
 
+def blame(error: Exception) -> Failure:
+    """What an environment raised, which may be whatever it likes, and where."""
+    where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(f"{type(error).__name__}: {error}".split())
+    return Failure(f"the environment failed in line {where.lineno} of {Path(where.filename).name}: {text}")
+
+
+def new_folder(args: Args) -> Path:
+    while True:
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
+
+
 class Run:
     """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
 
@@ -386,9 +420,9 @@ class Run:
         if checkpoint:
             self.folder = checkpoint_path(args.resume).parent
         else:
-            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-            self.folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
-            self.folder.mkdir(parents=True)
+            self.folder = new_folder(args)
+        if args.track:
+            self.wandb = self.start_wandb()
         versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
         config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
         self.write("config.json", json.dumps(config, indent=2).encode())
@@ -398,17 +432,25 @@ class Run:
         self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
         if self.metrics.tell() == 0:
             self.writer.writeheader()
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    id=self.folder.name, name=self.folder.name, dir=self.folder, resume="allow")
-            self.wandb.define_metric("*", step_metric="global_step")
         step = checkpoint["global_step"] if checkpoint else 0
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
         self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
+
+    def start_wandb(self) -> "wandb.Run":
+        try:
+            import wandb
+
+            name, project, entity = self.folder.name, self.args.wandb_project_name, self.args.wandb_entity
+            tracked = wandb.init(project=project, entity=entity, config=asdict(self.args), id=name, name=name,
+                                 dir=self.folder, resume="allow")
+        except Exception as error:
+            if not self.args.resume:
+                shutil.rmtree(self.folder)
+            raise Failure(f"--track fails ({' '.join(str(error).split())}): log in, or set WANDB_MODE=offline")
+        tracked.define_metric("*", step_metric="global_step")
+        return tracked
 
     def stop(self, number: int, _frame) -> None:
         """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
@@ -419,7 +461,7 @@ class Run:
         """One row: an episode that ended at this step, or an iteration that did."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
-                          f"environment's observations and rewards; {self.folder} is as last saved")
+                          "environment's observations and rewards")
         row = {"global_step": step, **metrics}
         self.writer.writerow(row)
         if self.args.track:
@@ -461,18 +503,24 @@ class Run:
             print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
         print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         self.bar.close()
         self.metrics.close()
         if self.args.track:
             self.wandb.finish()
+        if isinstance(error, Failure):
+            saved = (self.folder / "checkpoint.pt").exists()
+            raise Failure(f"{error}; {self.folder} {'is as last saved' if saved else 'has no checkpoint yet'}")
 
 
 def open_envs(args: Args, count: int) -> list[gym.Env]:
     """The environments, once the first has shown that the algorithm can serve it."""
     try:
         envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
-        envs[0].reset(seed=args.seed)
+        obs, _ = envs[0].reset(seed=args.seed)
         if args.capture_video:
             envs[0].render()
     except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
@@ -481,6 +529,8 @@ def open_envs(args: Args, count: int) -> list[gym.Env]:
     observed, acted = envs[0].observation_space, envs[0].action_space
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
         raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
+    if np.shape(obs) != observed.shape:
+        raise Failure(f"{args.env_id} says that it observes {observed}, but observes {np.shape(obs)}: mend it")
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
         raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
@@ -509,7 +559,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
         value_optimizer.load_state_dict(checkpoint["value_optimizer"])
         policy_optimizer.param_groups[0]["lr"] = args.learning_rate
         value_optimizer.param_groups[0]["lr"] = args.value_lr
-    with contextlib.closing(Run(args, checkpoint)) as run:
+    with Run(args, checkpoint) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")
         actors = [Actor(env) for env in envs]
@@ -519,12 +569,15 @@ def train(args: Args, checkpoint: dict | None) -> int:
             torch.set_rng_state(checkpoint["rng_state"])
         over = False
         while not over:
-            episodes = collect(agent, actors, device)
+            episodes = collect(agent, actors, device, args.total_timesteps - step)
             losses = update(agent, theta, phi, policy_optimizer, value_optimizer, episodes, args)
+            if step == 0 and "losses/policy_loss" not in losses and all(episode.result for episode in episodes):
+                raise Failure("a time limit cut all episodes too early for their returns to be known: add --baseline, "
+                              "or lower --gamma")
             for episode in episodes:
                 step += len(episode.rewards)
-                run.log(step, {"charts/episodic_return": episode.episodic_return,
-                               "charts/episodic_length": len(episode.rewards)})
+                if episode.result:
+                    run.log(step, dict(zip(METRICS, episode.result)))
             run.log(step, {"charts/SPS": run.sps(step), **losses})
             over = step >= args.total_timesteps or run.signal  # what ends the run is saved before
             if over or time.time() > run.due:
@@ -629,7 +682,8 @@ def main() -> None:
             sys.exit(128 + number)
     except (Failure, OSError) as error:
         if isinstance(error, OSError):
-            error = f"{error.filename or 'the disk'}: {error.strerror}; make room for it or choose another --runs-dir"
+            error = (f"{error.filename or 'the disk'}: {error.strerror}; see that it has room and can be written to, or "
+                     "choose another --runs-dir")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

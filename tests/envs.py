@@ -1,6 +1,11 @@
 """Environments to test with: a script reaches them by PYTHONPATH=tests and --env-id envs:Name-v0."""
 
+import math
+import os
 import time
+import uuid
+import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -61,6 +66,16 @@ class Unrepeatable(Counter):
         return super().reset(seed=seed)
 
 
+class Whimsical(Counter):
+    """An episode ends after at most 20 steps, whatever the seed."""
+
+    action_space = ONE
+
+    def reset(self, seed=None, options=None):
+        self.length = np.random.default_rng().integers(1, 21)
+        return super().reset(seed=seed)
+
+
 class NanReward(Counter):
     action_space = ONE
 
@@ -75,11 +90,117 @@ class NanObservation(Counter):
         return np.full(1, np.nan if self.t else 0.0)
 
 
+class InfiniteReward(NanReward):
+    def reward(self, action):
+        return np.inf
+
+
+class InfiniteObservation(Counter):
+    action_space = ONE
+
+    def observe(self):
+        return np.full(1, np.inf if self.t else 0.0)
+
+
 class Crash(Counter):
     action_space = ONE
 
     def reset(self, seed=None, options=None):
         raise RuntimeError("the simulator\nisn't there")
+
+
+class CrashLater(Counter):
+    """Its fourth step raises."""
+
+    action_space = ONE
+
+    def step(self, action):
+        if self.t == 3:
+            raise ZeroDivisionError("the wheels\ncame off")
+        return super().step(action)
+
+
+class CrashAtReset(CrashLater):
+    """Its second reset raises."""
+
+    def reset(self, seed=None, options=None):
+        if self.t == 3:
+            raise FileNotFoundError("where's the track?")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, _, truncated, info = Counter.step(self, action)
+        return obs, reward, self.t == 3, truncated, info
+
+
+class Old(Counter):
+    """Answers as Gym did before it told terminated from truncated."""
+
+    action_space = ONE
+
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+class NoReward(Counter):
+    action_space = ONE
+
+    def reward(self, action):
+        return None
+
+
+class Misshapen(Counter):
+    """Observes two numbers, and says one."""
+
+    action_space = ONE
+
+    def observe(self):
+        return np.zeros(2)
+
+
+class Rich(Counter):
+    """Rewards of a million, either way."""
+
+    action_space = ONE
+
+    def reward(self, action):
+        return 1e6 * float(np.sign(action[0]))
+
+
+class Momentary(Counter):
+    """Every state is terminal."""
+
+    action_space = ONE
+
+    def __init__(self, render_mode=None):
+        super().__init__(length=1)
+
+
+class Endless(Counter):
+    """Only the time limit ends it."""
+
+    action_space = ONE
+
+    def __init__(self, render_mode=None):
+        super().__init__(length=math.inf)
+
+    def observe(self):
+        return np.full(1, math.sin(self.t))
+
+
+class Closing(Endless):
+    """Leaves a file where it is told to, as it is closed."""
+
+    def close(self):
+        Path(os.environ["CLOSED"], uuid.uuid4().hex).touch()
+
+
+class Warning(Endless):
+    """Has something to say that concerns the user."""
+
+    def reset(self, seed=None, options=None):
+        warnings.warn("the joints need oil")
+        return super().reset(seed=seed)
 
 
 class Stuck(Counter):
@@ -104,8 +225,13 @@ class Spaces(Counter):
         return self.observation_space.sample()
 
 
-for env in (Counter, Blind, Echo, Unrepeatable, NanReward, NanObservation, Crash, Stuck):
+for env in (
+    Counter, Blind, Echo, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward, InfiniteObservation, Crash,
+    CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
+):
     gym.register(f"{env.__name__}-v0", env)
+for env in (Endless, Closing):
+    gym.register(f"{env.__name__}-v0", env, max_episode_steps=1_000_000)
 for name, spaces in {
     "DictObservation": {"observation_space": Dict(x=NUMBER)},
     "DiscreteObservation": {"observation_space": Discrete(5)},

@@ -48,7 +48,7 @@ def skip_unless_suited(script: Script, env_id: str) -> None:
 SCRIPTS = [
     Script(
         "reinforce",
-        tiny=("--num-envs", "2"),
+        tiny=("--num-envs", "2", "--gamma", "0.9"),
         batch=128,
         learns=("CartPole-v1", 475, ("--total-timesteps", "200000")),
         whole_episodes=True,
@@ -100,9 +100,9 @@ def environment(**changes: str | None) -> dict[str, str]:
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def start(path: Path, *flags: str, **options) -> subprocess.Popen:
+def start(*flags: str | Path, **options) -> subprocess.Popen:
     options = {"env": environment(), **options}
-    command = [sys.executable, str(path), *map(str, flags)]
+    command = [sys.executable, *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -115,8 +115,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(path: Path, *flags: str, **options) -> tuple[int, str, str]:
-    return finish(start(path, *flags, **options))
+def run(*flags: str | Path, **options) -> tuple[int, str, str]:
+    return finish(start(*flags, **options))
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:

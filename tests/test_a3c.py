@@ -269,7 +269,7 @@ def step_by_step(agent, obs, memory=None):
     for s in obs:
         s = torch.as_tensor(s, dtype=torch.float32).to(agent.critic.weight.dtype)[None]
         norm = agent.obs_norm
-        x = agent.body(s / 255 if agent.frames else ((s - norm.mean) / norm.std).clamp(-10, 10))
+        x = agent.body(((s - norm.mean) / norm.std).clamp(-10, 10))
         if agent.lstm:
             h = memory or (torch.zeros_like(x), torch.zeros_like(x))
             memory = torch.lstm_cell(x, h, *(agent.lstm.get_parameter(f"{name}_l0") for name in (

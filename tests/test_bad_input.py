@@ -1,6 +1,7 @@
 """Whatever is wrong is told in one line, with exit code 2, and nothing is written."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ FLAGS = {
     "an_environment_that_fails": (["--env-id", "Crash-v0"], "the simulator isn't there"),
     "a_dict_observed": (["--env-id", "DictObservation-v0"], "Dict("),
     "a_number_observed": (["--env-id", "DiscreteObservation-v0"], "Discrete(5)"),
+    "an_observation_unlike_its_space": (["--env-id", "Misshapen-v0"], "(2,)"),
     "an_image_observed": (["--env-id", "ImageObservation-v0"], "(8, 8, 3)"),
     "several_choices_to_act_on": (["--env-id", "MultiDiscreteAction-v0"], "MultiDiscrete"),
     "a_matrix_to_act_with": (["--env-id", "MatrixAction-v0"], "(2, 2)"),
@@ -224,10 +226,48 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(script, module, main, fold
     assert contents(folder) == before
 
 
+def test_tracking_without_an_account_says_so_and_leaves_nothing(script, runs):
+    nobody = environment(HOME=str(runs), WANDB_API_KEY=None, WANDB_MODE=None, NETRC=str(runs / "netrc"))
+    code, out, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track", cwd=runs.parent,
+                         env=nobody)
+    assert code == 2 and "Traceback" not in err and out == ""
+    assert err.splitlines()[-1].startswith("error: --track") and "WANDB_MODE=offline" in err
+    assert not [*runs.glob("*__*")]
+
+
 # ── Environments ────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("env_id", ["envs:NanReward-v0", "envs:NanObservation-v0"])
-def test_nan_from_the_environment_ends_the_run_before_it_is_saved(script, main, runs, env_id):
-    code, _, err = main(*script.tiny, "--env-id", env_id, "--total-timesteps", 3 * script.batch)
-    assert_one_line(code, err, "NaN", "environment")
+NOT_FINITE = ("finite", "NaN", "environment")
+ENVIRONMENTS = {
+    "NanReward": NOT_FINITE,
+    "NanObservation": NOT_FINITE,
+    "InfiniteReward": NOT_FINITE,
+    "InfiniteObservation": NOT_FINITE,
+    "CrashLater": ("ZeroDivisionError: the wheels came off", "envs.py"),
+    "CrashAtReset": ("FileNotFoundError: where's the track?", "envs.py"),
+    "Old": ("the environment failed",),
+    "NoReward": ("the environment failed",),
+}
+
+
+@pytest.mark.parametrize("env_id, words", ENVIRONMENTS.items(), ids=ENVIRONMENTS)
+def test_what_an_environment_does_wrong_ends_the_run_before_it_is_saved(script, main, runs, env_id, words):
+    code, _, err = main(*script.tiny, "--env-id", f"envs:{env_id}-v0", "--total-timesteps", 3 * script.batch)
+    assert_one_line(code, err, "has no checkpoint yet", *words)
     assert sorted(path.name for path in only_run(runs).iterdir()) == ["config.json", "metrics.csv"]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_run_whose_environment_fails_later_stays_as_last_saved(script, module, main, folder, monkeypatch):
+    def fail(_actor, _action):
+        raise module.Failure("no more")
+
+    saved = (folder / "checkpoint.pt").read_bytes()
+    flags = "--resume", folder, "--total-timesteps", 20 * script.batch
+    if script.name == "a3c":  # whose actors are other processes'
+        monkeypatch.setattr(module.Workers, "messages", lambda workers, paused: workers.fail(0, "failed: no more"))
+    else:
+        monkeypatch.setattr(module.Actor, "step", fail)
+    code, _, err = main(*flags)
+    assert_one_line(code, err, "no more", f"{folder} is as last saved")
+    assert (folder / "checkpoint.pt").read_bytes() == saved

@@ -202,7 +202,7 @@ def test_an_update_adapts_beta_to_its_kl_unless_told_not_to(space, d_targ, adapt
     assert losses["losses/beta"] == 0.5  # the one that held during the update
 
 
-def test_a_resumed_run_goes_on_with_the_beta_of_the_checkpoint(tmp_path):
+def test_a_resumed_run_goes_on_with_the_beta_of_the_checkpoint_unless_told_another(tmp_path):
     def saved_beta(*flags):
         code, _, err = run(ROOT / "ppo_kl.py", *flags)
         assert (code, complaints(err)) == (0, []), err
@@ -212,5 +212,7 @@ def test_a_resumed_run_goes_on_with_the_beta_of_the_checkpoint(tmp_path):
     flags = "--env-id", "CartPole-v1", "--beta", 4, "--d-targ", 1e3, "--runs-dir", tmp_path
     assert saved_beta(*tiny, *flags, "--total-timesteps", 3 * 128) == 4 / 2**3
     assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 5 * 128) == 4 / 2**5
+    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 6 * 128, "--beta", 8) == 8 / 2
+    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 7 * 128) == 8 / 2**2
     rows = metrics(only_run(tmp_path))
-    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25]
+    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25, 8, 4]

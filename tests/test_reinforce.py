@@ -10,6 +10,7 @@ from gymnasium.spaces import Box, Discrete
 
 import envs  # noqa: F401, registers them
 import reinforce
+from helpers import complaints
 from oracles import Process, agent_of, flat, gradient, policy
 from reinforce import (
     TAIL, Actor, Agent, Args, Episode, as_vector, collect, make_env, missing_share, returns_to_go, score_loss,
@@ -24,6 +25,12 @@ GAMMAS = pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 0.99, 1.0])
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def module():
+    """Of which conftest.main runs main()"""
+    return reinforce
 
 
 # ── Scores ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,8 +154,19 @@ def test_each_actor_plays_one_whole_episode_and_no_step_more(actors):
         assert [episode.rewards.tolist() for episode in episodes] == [[1] * 3, [1] * 2, [1] * 4]
         assert [len(episode.actions) for episode in episodes] == [3, 2, 4]
         assert [episode.last_obs.tolist() for episode in episodes] == [[3], [2], [4]]
-        assert [episode.episodic_return for episode in episodes] == [3, 2, 4]
+        assert [episode.result for episode in episodes] == [(3, 3), (2, 2), (4, 4)]
         assert [actor.actions for actor in actors] == [[], [], []]  # each is at the start of its next
+
+
+def test_episodes_are_cut_at_the_limit_and_go_on_from_there(actors):
+    agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
+    first = collect(agent, actors, CPU, limit=7)  # which the third round reaches
+    assert [episode.obs[:, 0].tolist() for episode in first] == [[0, 1, 2], [0, 1], [0, 1, 2]]
+    assert [episode.result for episode in first] == [(3, 3), (2, 2), None]
+    assert [episode.truncated for episode in first] == [False, True, True] and first[2].last_obs.tolist() == [3]
+    second = collect(agent, actors, CPU)
+    assert [episode.obs[:, 0].tolist() for episode in second] == [[0, 1, 2], [0, 1], [3]]
+    assert [episode.result for episode in second] == [(3, 3), (2, 2), (4, 4)]
 
 
 def test_an_episode_that_was_cut_is_told_from_one_that_is_over(actors):
@@ -274,6 +292,25 @@ def test_an_update_of_unknown_returns_alone_leaves_the_policy_without_a_warning(
     new, metrics = updated(agent, [episode_of(agent, 30, True)], gamma=1.0, norm_returns=norm_returns)
     assert torch.equal(theta_of(new), theta_of(agent))
     assert all(np.isfinite(list(metrics.values()))) and recwarn.list == []
+
+
+def test_nor_does_the_momentum_of_earlier_updates_move_it_then():
+    agent, args = agent_of(reinforce, Box(-1, 1, (2,))), Args(gamma=1.0)
+    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    optimizers = torch.optim.Adam([theta]), torch.optim.Adam([phi])
+    thetas = [theta.detach().clone()]
+    for truncated in (False, True):
+        update(agent, theta, phi, *optimizers, [episode_of(agent, 30, truncated)], args)
+        thetas.append(theta.detach().clone())
+    assert not torch.equal(thetas[0], thetas[1]) and torch.equal(thetas[1], thetas[2])
+
+
+def test_a_time_limit_that_leaves_nothing_to_learn_from_is_told(main, tmp_path):
+    flags = "--env-id", "Pendulum-v1", "--total-timesteps", 5000, "--runs-dir", tmp_path
+    code, _, err = main(*flags)
+    (line,) = complaints(err)
+    assert code == 2 and line.startswith("error: ") and "--baseline" in line and "--gamma" in line
+    assert main(*flags, "--baseline")[0] == 0 and main(*flags, "--gamma", 0.97)[0] == 0
 
 
 def test_an_update_adds_the_observations_to_the_statistics():

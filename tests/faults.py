@@ -1,0 +1,42 @@
+"""Killing a run and going on with it: for the tests, and for the benchmark that does it more often."""
+
+import random
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from helpers import Script, environment, finish, only_run, start, wait_for
+
+SECONDS = 0.3  # between two checkpoints, instead of CHECKPOINT_SECONDS
+
+
+class Death(NamedTuple):
+    age: float  # of the checkpoint at the moment of the kill, in seconds
+    step: int  # that the checkpoint has
+    lost: int  # rows of metrics.csv that came after it
+
+
+def hurried(script: Script, *flags, **variables: str) -> subprocess.Popen:
+    """A run that saves every SECONDS."""
+    code = f"import {script.name} as script; script.CHECKPOINT_SECONDS = {SECONDS}; script.main()"
+    tests = script.path.parent / "tests"
+    return start("-c", code, *flags, env=environment(PYTHONPATH=f"{tests.parent}:{tests}", **variables))
+
+
+def last_save(runs_dir: Path) -> float:
+    return max((path.stat().st_mtime for path in runs_dir.glob("*/checkpoint.pt")), default=0)
+
+
+def kill(script: Script, runs_dir: Path, *flags, seed: int) -> Death:
+    """Starts a run, or goes on with one, and kills it at a random moment after it has saved."""
+    before, process = last_save(runs_dir), hurried(script, *flags)
+    wait_for(lambda: last_save(runs_dir) > before, process)
+    time.sleep(random.Random(seed).uniform(0, 4 * SECONDS))
+    age = time.time() - last_save(runs_dir)
+    process.kill()
+    finish(process)  # when all that it had started are gone too
+    saved = torch.load(only_run(runs_dir) / "checkpoint.pt", weights_only=True)
+    rows = (only_run(runs_dir) / "metrics.csv").read_bytes()[saved["metrics_size"]:].count(b"\n")
+    return Death(age, saved["global_step"], rows)
