@@ -502,6 +502,8 @@ class Run:
 
     def __init__(self, args: Args, checkpoint: dict | None):
         self.args, self.signal = args, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
         self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
         if checkpoint:
             self.folder = checkpoint_path(args.resume).parent
@@ -521,8 +523,6 @@ class Run:
         step = checkpoint["global_step"] if checkpoint else 0
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
         self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
 
     def start_wandb(self) -> "wandb.Run":
         try:

@@ -230,8 +230,8 @@ for env in (
     CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)
-for env in (Endless, Closing):
-    gym.register(f"{env.__name__}-v0", env, max_episode_steps=1_000_000)
+gym.register("Endless-v0", Endless, max_episode_steps=1_000_000)
+gym.register("Closing-v0", Closing, max_episode_steps=100)
 for name, spaces in {
     "DictObservation": {"observation_space": Dict(x=NUMBER)},
     "DiscreteObservation": {"observation_space": Discrete(5)},

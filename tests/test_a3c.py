@@ -712,7 +712,7 @@ def test_a_worker_whose_run_is_no_more_ends_without_a_word(env_id, error, trial,
 def test_what_an_environment_raises_in_a_worker_is_told_in_one_line(launch, tmp_path):
     process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Broken-v0")
     code, (line,) = end_of(process, seconds=60)
-    assert code == 2 and line.startswith("error: worker ") and "failed: the simulator broke" in line
+    assert code == 2 and line.startswith("error: worker ") and "RuntimeError: the simulator broke" in line
 
 
 @pytest.fixture(scope="module")

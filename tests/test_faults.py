@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from faults import SECONDS, hurried, kill, last_save
-from helpers import complaints, contents, environment, finish, metrics, only_run, run, start, wait_for
+from helpers import complaints, contents, finish, metrics, only_run, run, start, wait_for
 
 STEPS = 12_000  # which takes seconds
 TASK = "--env-id", "Pendulum-v1", "--total-timesteps", STEPS
@@ -42,9 +42,9 @@ def test_a_run_that_is_killed_twice_goes_on_as_if_it_had_not_been(script, whole,
     assert_goes_on_as(only_run(tmp_path), whole, script)
 
 
-def begin(script, runs, **variables):
+def begin(script, runs, *task, **variables):
     """A run that has saved"""
-    process = hurried(script, *script.tiny, *TASK, "--runs-dir", runs, **variables)
+    process = hurried(script, *script.tiny, *(task or TASK), "--runs-dir", runs, **variables)
     wait_for(lambda: last_save(runs), process)
     return process
 
@@ -72,9 +72,7 @@ def test_a_run_whose_folder_is_moved_away_ends_in_one_line_and_goes_on_there(scr
 def test_a_run_that_is_asked_to_stop_closes_its_environments(script, tmp_path, number):
     closed = tmp_path / "closed"
     closed.mkdir()
-    process = start(script.path, *script.tiny, "--env-id", "envs:Closing-v0", "--runs-dir", tmp_path / "runs",
-                    env=environment(CLOSED=str(closed)))
-    wait_for(lambda: [*tmp_path.glob("runs/*/metrics.csv")], process)
+    process = begin(script, tmp_path / "runs", "--env-id", "envs:Closing-v0", CLOSED=str(closed))
     process.send_signal(number)
     code, _, err = finish(process)
     assert (code, complaints(err)) == (128 + number, [])
