@@ -178,9 +178,10 @@ class RunningNorm(nn.Module):
         """x: (B, *shape). Pools two samples' moments (Chan et al. 1979)."""
         self.count += len(x)
         weight = (len(x) / self.count).float()
-        delta = x.mean(0) - self.mean
+        mean = x.mean(0)
+        var, delta = (x - mean).square().mean(0), mean - self.mean
         self.mean += weight * delta
-        self.var += weight * (x.var(0, correction=0) - self.var) + weight * (1 - weight) * delta**2
+        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
         self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,31 +1,60 @@
-"""Steps per second of each script, of its peer at the same setting, and of the bare environment.
+"""Steps per second and memory of each script, of its peer at the same setting, and of the bare environment.
 
     pip install -r tests/benchmark/requirements.txt
-    python tests/benchmark/speed.py                 # writes tests/benchmark/results/speed.csv
+    python tests/benchmark/speed.py             # writes results/speed.csv: the scripts beside their peers
+    python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
 
-The programs take turns, so that a machine whose speed drifts slows all of them alike; each measurement is a process
-of its own, on one thread (a3c: on one for each worker). The first third of its steps is burn-in and not counted.
+The programs take turns, so that a machine whose speed drifts slows all of them alike; each measurement is a process of
+its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
+all its logging and saving, and does with one thread (a3c: with one for each worker). The peers get one thread, and
+again as many as the machine has cores. They do the same work as the scripts: the same batch, epochs, minibatches,
+network sizes and gradients per step; where the scripts have eight actors the peers have one, as is their default, and
+again eight. Memory is the peak of the largest process. A measurement that the file has is not made again.
 """
 
 import argparse
 import csv
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from returns import describe
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results" / "speed.csv"
-ENV_IDS = ("Hopper-v4",)
+RESULTS = Path(__file__).parent / "results"
 REPEATS = 3
-STEPS = 30 * 2048
-PROGRAMS = ("environment", "ppo_clip", "SB3 PPO",  # SB3 at its defaults: 2048 steps, 10 epochs, minibatches of 64
-            "a3c --num-workers 1", "a3c --num-workers 2")
+CORES = os.cpu_count()
+COLUMNS = "env_id", "program", "threads", "repeat", "steps_per_second", "peak_mb"
+ENV_IDS = "Hopper-v4", "HalfCheetah-v4", "CartPole-v1"
+
+# What is measured on every environment: a program, its threads, and how many steps it takes.
+PROGRAMS = [
+    ("environment", 1, 60_000),
+    ("ppo_clip", 1, 30 * 2048), ("ppo_kl", 1, 30 * 2048),
+    ("SB3 PPO", 1, 15 * 2048), ("SB3 PPO", CORES, 15 * 2048), ("SB3 PPO, 8 actors", 1, 15 * 2048),
+    ("trpo", 1, 30 * 2048),
+    ("SB3 TRPO", 1, 15 * 2048), ("SB3 TRPO", CORES, 15 * 2048), ("SB3 TRPO, 8 actors", 1, 15 * 2048),
+    ("a3c --num-workers 1", 1, 60_000), ("a3c --num-workers 2", 1, 120_000),
+    ("SB3 A2C, 2 actors", 1, 30_000), ("SB3 A2C, 2 actors", CORES, 30_000),
+    ("reinforce", 1, 60_000),
+    ("ddpg --learning-starts 1000", 1, 6000), ("SB3 DDPG", 1, 4000), ("SB3 DDPG", CORES, 4000),
+]  # fmt: skip
+ACTORS = 1, 4, 16, 64, 256
+GROWTH = [
+    *((f"{name} --num-envs {n} --num-steps {2048 // n}", 1, 30 * 2048)
+      for name in ("ppo_clip", "ppo_kl", "trpo") for n in ACTORS),
+    *((f"reinforce --num-envs {n}", 1, 60_000) for n in ACTORS),
+    *((f"ddpg --num-envs {n} --learning-starts 1024", 1, 6144) for n in ACTORS),
+    *((f"a3c --num-workers {n}", 1, 60_000 * min(n, CORES)) for n in (1, 2, 4)),
+    ("ddpg --learning-starts 1000000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
+]  # fmt: skip
 
 
 def rate(times: list[tuple[int, float]]) -> float:
@@ -34,15 +63,15 @@ def rate(times: list[tuple[int, float]]) -> float:
     return (last - first) / (end - begin)
 
 
-def environment(env_id: str) -> float:
+def environment(env_id: str, steps: int) -> float:
     """Random actions and nothing else."""
     import gymnasium as gym
 
     env, times = gym.make(env_id), []
     env.reset(seed=1)
     env.action_space.seed(1)
-    for step in range(STEPS):
-        if step % 2048 == 0:
+    for step in range(steps):
+        if step % 1000 == 0:
             times.append((step, time.perf_counter()))
         _, _, terminated, truncated, _ = env.step(env.action_space.sample())
         if terminated or truncated:
@@ -50,62 +79,91 @@ def environment(env_id: str) -> float:
     return rate(times)
 
 
-def script(program: str, env_id: str) -> float:
+def script(program: str, env_id: str, steps: int) -> float:
     """A whole run from the command line, with its logging and saving; its metrics tell the time."""
     name, *flags = program.split()
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, f"{name}.py", "--env-id", env_id, "--total-timesteps", str(STEPS), "--no-cuda"]
+        command = [sys.executable, f"{name}.py", "--env-id", env_id, "--total-timesteps", str(steps), "--no-cuda"]
         subprocess.run([*command, *flags, "--runs-dir", runs], cwd=ROOT, check=True, capture_output=True)
         (metrics,) = Path(runs).glob("*/metrics.csv")
         rows = [(int(row["global_step"]), row["charts/SPS"]) for row in csv.DictReader(metrics.open())]
-    return rate([(step, step / float(sps)) for step, sps in rows if sps])
+    return rate([(step, step / float(sps)) for step, sps in rows if sps and float(sps)])
 
 
-def sb3_ppo(env_id: str) -> float:
+def peer(program: str, env_id: str, steps: int) -> float:
+    """An algorithm of stable-baselines3 or sb3-contrib, at the settings of the script that is its like"""
     import torch
-    from stable_baselines3 import PPO
+    from sb3_contrib import TRPO
+    from stable_baselines3 import A2C, DDPG, PPO
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
 
     class Clock(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            times.append((self.num_timesteps, time.perf_counter()))
-
         def _on_step(self) -> bool:
+            if self.num_timesteps - times[-1][0] >= 1000:
+                times.append((self.num_timesteps, time.perf_counter()))
             return True
 
-    torch.set_num_threads(1)
-    times = []
-    PPO("MlpPolicy", env_id, seed=1, device="cpu").learn(STEPS, callback=Clock())
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    name, _, actors = program.removeprefix("SB3 ").partition(", ")
+    n = int(actors.partition(" ")[0] or 1)
+    env = make_vec_env(env_id, n_envs=n, seed=1)
+    model = {
+        "PPO": lambda: PPO("MlpPolicy", env, n_steps=2048 // n, device="cpu"),  # 10 epochs, minibatches of 64
+        "TRPO": lambda: TRPO("MlpPolicy", env, n_steps=1024 // n, batch_size=128, cg_max_steps=25, cg_damping=0.1,
+                             n_critic_updates=20, device="cpu"),
+        "A2C": lambda: A2C("MlpPolicy", env, n_steps=20 // n, device="cpu"),  # a gradient of 20 steps, every 20 steps
+        "DDPG": lambda: DDPG("MlpPolicy", env, batch_size=64, learning_starts=1000, train_freq=1, gradient_steps=1,
+                             policy_kwargs={"net_arch": [256, 256]}, device="cpu"),
+    }[name]()  # fmt: skip
+    times = [(0, time.perf_counter())]
+    model.learn(steps, callback=Clock())
     return rate(times)
 
 
-def measure(program: str, env_id: str) -> float:
+def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
+    """Steps per second, and megabytes"""
     warnings.simplefilter("ignore")
+    run: Callable[[], float]
     if program == "environment":
-        return environment(env_id)
-    return sb3_ppo(env_id) if program == "SB3 PPO" else script(program, env_id)
+        speed, who = environment(env_id, steps), resource.RUSAGE_SELF
+    elif program.startswith("SB3"):
+        speed, who = peer(program, env_id, steps), resource.RUSAGE_SELF
+    else:
+        speed, who = script(program, env_id, steps), resource.RUSAGE_CHILDREN
+    return speed, resource.getrusage(who).ru_maxrss / 1024
+
+
+def suits(program: str, env_id: str) -> bool:
+    return env_id != "CartPole-v1" or "ddpg" not in program.lower()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--measure", nargs=2, metavar=("PROGRAM", "ENV_ID"), help="one measurement, to stdout")
+    parser.add_argument("--growth", action="store_true", help="measure the scripts by their number of actors")
+    parser.add_argument("--measure", nargs=3, metavar=("PROGRAM", "ENV_ID", "STEPS"), help="one measurement, to stdout")
     args = parser.parse_args()
     if args.measure:
-        return print(measure(*args.measure))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        file.write(describe("python tests/benchmark/speed.py"))
+        program, env_id, steps = args.measure
+        return print(*measure(program, env_id, int(steps)))
+    path, programs, env_ids = RESULTS / "speed.csv", PROGRAMS, ENV_IDS
+    if args.growth:
+        path, programs, env_ids = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1]
+    cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(REPEATS) for env_id in env_ids
+             for program, threads, steps in programs if suits(program, env_id)]
+    if not path.exists():
+        path.write_text(describe(" ".join(["python tests/benchmark/speed.py", *sys.argv[1:]]), cores=CORES)
+                        + ",".join(COLUMNS) + "\n")
+    done = {tuple(row[:4]) for row in csv.reader(path.open())}
+    with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("env_id", "program", "repeat", "steps_per_second"))
-        for repeat in range(REPEATS):
-            for env_id in ENV_IDS:
-                for program in PROGRAMS:
-                    command = [sys.executable, __file__, "--measure", program, env_id]
-                    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-                    output = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    writer.writerow((env_id, program, repeat, round(float(output.split()[-1]))))
-                    file.flush()
-                    print(env_id, program, output.split()[-1], flush=True)
+        for *cell, steps in tqdm([cell for cell in cells if cell[:4] not in done], unit=" measurements"):
+            env_id, program, threads, _ = cell
+            command = [sys.executable, __file__, "--measure", program, env_id, str(steps)]
+            environ = os.environ | {"OMP_NUM_THREADS": threads}
+            output = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True).stdout
+            writer.writerow((*cell, *(round(float(number)) for number in output.split()[-2:])))
+            file.flush()
 
 
 if __name__ == "__main__":
