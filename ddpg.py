@@ -236,7 +236,7 @@ def action_gradient(value: Tensor, action: Tensor) -> Tensor:
 
 def soft_update(target: Tensor, source: Tensor, tau: float) -> Tensor:
     """θ' ← τ θ + (1−τ) θ' (DDPG-13);   target θ', source θ (P,) → (P,)"""
-    return tau * source + (1 - tau) * target
+    return target.lerp(source, tau)  # θ' + τ (θ − θ'), in one pass over the numbers
 
 
 def ornstein_uhlenbeck(noise: Tensor, normal: Tensor, theta: float, sigma: float) -> Tensor:
