@@ -114,7 +114,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
         low, high = env.action_space.low, env.action_space.high
         middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
-        env = gym.wrappers.TransformAction(env, lambda action: np.clip(middle + half * action, low, high), unit)
+        env = gym.wrappers.TransformAction(env, lambda action: (middle + half * action).clip(low, high), unit)
     return env
 
 
