@@ -335,10 +335,11 @@ def score_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
 
 def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
     """R ← r_i + γ R, backwards from R = bootstrap (A3C-15);   rewards (k,), bootstrap () → (k,) in the rewards' unit"""
-    returns, R = torch.empty_like(rewards), bootstrap
-    for i in reversed(range(len(rewards))):
-        returns[i] = R = rewards[i] + gamma * R
-    return returns
+    returns, R = [], bootstrap.item()
+    for reward in reversed(rewards.tolist()):  # plain numbers: a tensor's takes 20 times as long
+        R = reward + gamma * R
+        returns.append(R)
+    return rewards.new_tensor(returns[::-1])
 
 
 def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:
