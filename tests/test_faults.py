@@ -23,8 +23,8 @@ def whole(script, tmp_path_factory):
     return only_run(runs)
 
 
-def assert_goes_on_as(folder, whole, script):
-    code, _, err = run(script.path, "--resume", folder)
+def assert_goes_on_as(folder, whole, main):
+    code, _, err = main("--resume", folder)
     assert (code, complaints(err)) == (0, [])
     assert metrics(folder) == metrics(whole)
     states = [torch.load(path / "checkpoint.pt", weights_only=True)["agent"] for path in (folder, whole)]
@@ -34,12 +34,12 @@ def assert_goes_on_as(folder, whole, script):
 
 # ── Ends ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def test_a_run_that_is_killed_twice_goes_on_as_if_it_had_not_been(script, whole, tmp_path):
+def test_a_run_that_is_killed_twice_goes_on_as_if_it_had_not_been(script, main, whole, tmp_path):
     first = kill(script, tmp_path, *script.tiny, *TASK, "--runs-dir", tmp_path, seed=1)
     second = kill(script, tmp_path, "--resume", only_run(tmp_path), seed=2)
     assert 0 < first.step < second.step < STEPS
     assert first.age < LATEST and second.age < LATEST
-    assert_goes_on_as(only_run(tmp_path), whole, script)
+    assert_goes_on_as(only_run(tmp_path), whole, main)
 
 
 def begin(script, runs, *task, **variables):
@@ -49,23 +49,23 @@ def begin(script, runs, *task, **variables):
     return process
 
 
-def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(script, whole, tmp_path):
+def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(script, main, whole, tmp_path):
     process = begin(script, tmp_path)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))  # bytes of any file that it writes to
     code, _, err = finish(process)
     (line,) = complaints(err)
     assert code == 2 and line.startswith("error: ") and "File too large" in line and "room" in line
-    assert_goes_on_as(only_run(tmp_path), whole, script)
+    assert_goes_on_as(only_run(tmp_path), whole, main)
 
 
-def test_a_run_whose_folder_is_moved_away_ends_in_one_line_and_goes_on_there(script, whole, tmp_path):
+def test_a_run_whose_folder_is_moved_away_ends_in_one_line_and_goes_on_there(script, main, whole, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     process = begin(script, here)
     shutil.move(here, there)
     code, _, err = finish(process)
     (line,) = complaints(err)
     assert code == 2 and line.startswith("error: ") and str(here) in line and not here.exists()
-    assert_goes_on_as(only_run(there), whole, script)
+    assert_goes_on_as(only_run(there), whole, main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,8 +25,10 @@ SHARED_FLAGS = (
 STEPS = 6000  # long enough to be interrupted
 
 
-def train(script, runs_dir, *flags):
-    code, out, err = run(script.path, *script.tiny, "--runs-dir", runs_dir, *flags)
+def train(script, runs_dir, *flags, main=None):
+    """A run's folder: of a process, or of `main` in this one, which starts sooner"""
+    flags = *script.tiny, "--runs-dir", runs_dir, *flags
+    code, _, err = main(*flags) if main else run(script.path, *flags)
     assert (code, complaints(err)) == (0, []), err
     return only_run(runs_dir)
 
@@ -75,9 +77,9 @@ def stopped(script, task, tmp_path_factory):
 # ── Running ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5", "CartPole-v1", "Pendulum-v1"])
-def test_an_environment_of_each_kind_runs_and_leaves_a_checkpoint_and_metrics(script, env_id, tmp_path):
+def test_an_environment_of_each_kind_runs_and_leaves_a_checkpoint_and_metrics(script, main, env_id, tmp_path):
     skip_unless_suited(script, env_id)
-    folder = train(script, tmp_path, "--env-id", env_id, "--total-timesteps", 3 * script.batch)
+    folder = train(script, tmp_path, "--env-id", env_id, "--total-timesteps", 3 * script.batch, main=main)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
     assert json.loads((folder / "config.json").read_text())["args"]["env_id"] == env_id
     assert is_as_long(script, load(folder)["global_step"], 3 * script.batch)
@@ -87,8 +89,8 @@ def test_an_environment_of_each_kind_runs_and_leaves_a_checkpoint_and_metrics(sc
     assert not script.row_per_batch or len(column(folder, "losses/policy_loss")) == 3
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(script, task, whole, tmp_path):
-    again, other = (train(script, tmp_path / seed, *task, "--seed", seed) for seed in ("1", "2"))
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(script, main, task, whole, tmp_path):
+    again, other = (train(script, tmp_path / seed, *task, "--seed", seed, main=main) for seed in ("1", "2"))
     assert metrics(again) == metrics(whole) != metrics(other)
 
 
@@ -181,20 +183,20 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("left_behind", ["", "99999,1.0,"], ids=["interrupted", "crashed_later"])
-def test_a_resumed_run_equals_an_uninterrupted_one(script, whole, stopped, tmp_path, left_behind):
+def test_a_resumed_run_equals_an_uninterrupted_one(main, whole, stopped, tmp_path, left_behind):
     folder = shutil.copytree(stopped[0], tmp_path / "moved")
     with open(folder / "metrics.csv", "a") as file:
         file.write(left_behind)
-    code, _, err = run(script.path, "--resume", folder)
+    code, _, err = main("--resume", folder)
     assert (code, complaints(err)) == (0, [])
     assert_same_run(folder, whole)
     assert sorted(contents(folder)) == sorted(contents(whole))
 
 
-def test_a_complete_run_goes_on_with_a_larger_total(script, whole, tmp_path):
+def test_a_complete_run_goes_on_with_a_larger_total(script, main, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "moved")
     more = STEPS + 2 * script.batch
-    code, _, err = run(script.path, "--resume", folder / "checkpoint.pt", "--total-timesteps", more)
+    code, _, err = main("--resume", folder / "checkpoint.pt", "--total-timesteps", more)
     assert (code, complaints(err)) == (0, [])
     before, after = metrics(whole), metrics(folder)
     assert after[:len(before)] == before

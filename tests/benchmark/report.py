@@ -41,23 +41,22 @@ def table(header: str, rows: list[tuple]) -> str:
     return "\n".join(lines)
 
 
+def number(x: float) -> str:
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+
+
 def returns_table() -> str:
     """Mean returns of each run: of its last 100 episodes of training, and of 100 without exploration after it."""
-    trained: dict[tuple[str, str], list[float]] = {}
-    evaluated: dict[tuple[str, str], list[float]] = {}
-    made: dict[tuple[str, str], set[str]] = {}
-    trained_for: dict[tuple[str, str], int] = {}
+    seeds: dict[tuple[str, str], list[tuple[dict, float]]] = {}
     for name, env_id, _, about, _, returns in runs():
         if env_id != SOLVED[0]:
-            trained_for[name, env_id] = about.get("steps", STEPS)
-            trained.setdefault((name, env_id), []).append(returns[-100:].mean())
-            evaluated.setdefault((name, env_id), []).extend([about["evaluated"]] if "evaluated" in about else [])
-            made.setdefault((name, env_id), set()).add(about["commit"])
+            seeds.setdefault((name, env_id), []).append((about, returns[-100:].mean()))
     rows = [
-        (name, env_id, f"{trained_for[name, env_id] / 1e6:.2f}M", f"{np.mean(means):.0f}", " ".join(f"{mean:.0f}" for mean in means),
-         " ".join(f"{mean:.0f}" for mean in evaluated[name, env_id]) or "not measured",
-         ", ".join(f"`{commit}`" for commit in sorted(made[name, env_id])))
-        for (name, env_id), means in trained.items()
+        (name, env_id, f"{max(about.get('steps', STEPS) for about, _ in trained) / 1e6:.2g}M",
+         number(np.mean([mean for _, mean in trained])), " ".join(number(mean) for _, mean in trained),
+         " ".join(number(about["evaluated"]) for about, _ in trained if "evaluated" in about) or "not measured",
+         ", ".join(f"`{commit}`" for commit in sorted({about["commit"] for about, _ in trained})))
+        for (name, env_id), trained in seeds.items()
     ]
     return table("| run | environment | steps | mean | seeds 1, 2, … | the same agents without exploration | commit |", rows)
 
