@@ -9,6 +9,7 @@ from helpers import ROOT, SCRIPTS, only_run, run
 
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # as the scripts do
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have it ignored
 
 
 @pytest.fixture(scope="session", params=SCRIPTS, ids=lambda script: script.name)

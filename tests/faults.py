@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from helpers import Script, environment, finish, only_run, start, wait_for
 
-SECONDS = 0.3  # between two checkpoints, instead of CHECKPOINT_SECONDS
+SECONDS = 0.1  # between two checkpoints, instead of CHECKPOINT_SECONDS
 
 
 class Death(NamedTuple):
@@ -33,7 +33,7 @@ def kill(script: Script, runs_dir: Path, *flags, seed: int) -> Death:
     """Starts a run, or goes on with one, and kills it at a random moment after it has saved."""
     before, process = last_save(runs_dir), hurried(script, *flags)
     wait_for(lambda: last_save(runs_dir) > before, process)
-    time.sleep(random.Random(seed).uniform(0, 4 * SECONDS))
+    time.sleep(random.Random(seed).uniform(0, 2 * SECONDS))
     age = time.time() - last_save(runs_dir)
     process.kill()
     finish(process)  # when all that it had started are gone too

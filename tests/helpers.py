@@ -22,6 +22,7 @@ class Script:
     batch: int
     learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
     last: int = 100  # how many returns that is a mean of
+    steps: int = 6000  # of a run that takes seconds, so that it can be interrupted
     actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
     row_per_batch: bool = True  # of losses
@@ -69,6 +70,7 @@ SCRIPTS = [
         batch=128,
         learns=("Pendulum-v1", -300, ("--total-timesteps", "10000", "--learning-starts", "1000")),
         last=20,
+        steps=3000,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),

@@ -9,16 +9,18 @@ import torch
 from faults import SECONDS, hurried, kill, last_save
 from helpers import complaints, contents, finish, metrics, only_run, run, start, wait_for
 
-STEPS = 12_000  # which takes seconds
-TASK = "--env-id", "Pendulum-v1", "--total-timesteps", STEPS
-LATEST = 10 * SECONDS  # for a checkpoint, however busy the machine
+LATEST = 30 * SECONDS  # for a checkpoint, however busy the machine
+
+
+def task_of(script):
+    return "--env-id", "Pendulum-v1", "--total-timesteps", 2 * script.steps
 
 
 @pytest.fixture(scope="session")
 def whole(script, tmp_path_factory):
     """A run that nothing befalls"""
     runs = tmp_path_factory.mktemp("whole")
-    code, _, err = run(script.path, *script.tiny, *TASK, "--runs-dir", runs)
+    code, _, err = run(script.path, *script.tiny, *task_of(script), "--runs-dir", runs)
     assert (code, complaints(err)) == (0, [])
     return only_run(runs)
 
@@ -35,16 +37,16 @@ def assert_goes_on_as(folder, whole, main):
 # ── Ends ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_a_run_that_is_killed_twice_goes_on_as_if_it_had_not_been(script, main, whole, tmp_path):
-    first = kill(script, tmp_path, *script.tiny, *TASK, "--runs-dir", tmp_path, seed=1)
+    first = kill(script, tmp_path, *script.tiny, *task_of(script), "--runs-dir", tmp_path, seed=1)
     second = kill(script, tmp_path, "--resume", only_run(tmp_path), seed=2)
-    assert 0 < first.step < second.step < STEPS
+    assert 0 < first.step < second.step < 2 * script.steps
     assert first.age < LATEST and second.age < LATEST
     assert_goes_on_as(only_run(tmp_path), whole, main)
 
 
 def begin(script, runs, *task, **variables):
     """A run that has saved"""
-    process = hurried(script, *script.tiny, *(task or TASK), "--runs-dir", runs, **variables)
+    process = hurried(script, *script.tiny, *(task or task_of(script)), "--runs-dir", runs, **variables)
     wait_for(lambda: last_save(runs), process)
     return process
 

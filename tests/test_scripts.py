@@ -22,7 +22,6 @@ SHARED_FLAGS = (
     "env-id seed total-timesteps cuda no-cuda track wandb-project-name wandb-entity capture-video runs-dir "
     "resume evaluate eval-episodes"
 ).split()
-STEPS = 6000  # long enough to be interrupted
 
 
 def train(script, runs_dir, *flags, main=None):
@@ -59,7 +58,7 @@ def column(run_folder, name):
 @pytest.fixture(scope="session", params=["Hopper-v4", "CartPole-v1"])
 def task(script, request):
     skip_unless_suited(script, request.param)
-    return "--env-id", request.param, "--total-timesteps", STEPS
+    return "--env-id", request.param, "--total-timesteps", script.steps
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +144,7 @@ def test_tracking_offline_leaves_its_run_in_the_runs_folder(script, tmp_path):
 def assert_saved_in_the_midst(script, folder):
     steps = column(folder, "global_step")
     ends = [float(row["global_step"]) for row in metrics(folder) if row["losses/policy_loss"]]
-    assert ends[-1] <= steps[-1] <= load(folder)["global_step"] < STEPS - script.batch
+    assert ends[-1] <= steps[-1] <= load(folder)["global_step"] < script.steps - script.batch
     assert not script.row_per_batch or ends[-1] == load(folder)["global_step"]
     assert steps == sorted(steps) and len(set(ends)) == len(ends)
 
@@ -157,7 +156,7 @@ def test_ctrl_c_saves_and_exits_with_130(script, stopped):
 
 
 def test_sigterm_saves_and_exits_with_143(script, tmp_path):
-    flags = "--env-id", "Pendulum-v1", "--total-timesteps", STEPS
+    flags = "--env-id", "Pendulum-v1", "--total-timesteps", script.steps
     folder, code = interrupt(script, tmp_path, *flags, number=signal.SIGTERM)
     assert code == 143
     assert_saved_in_the_midst(script, folder)
@@ -195,7 +194,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(main, whole, stopped, tmp_pat
 
 def test_a_complete_run_goes_on_with_a_larger_total(script, main, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "moved")
-    more = STEPS + 2 * script.batch
+    more = script.steps + 2 * script.batch
     code, _, err = main("--resume", folder / "checkpoint.pt", "--total-timesteps", more)
     assert (code, complaints(err)) == (0, [])
     before, after = metrics(whole), metrics(folder)

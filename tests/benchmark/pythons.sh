@@ -7,6 +7,7 @@ cd "$(dirname "$0")/../.." || exit 1
 for python in "$@"; do
     venv=$(mktemp -d)
     "$python" -m venv "$venv" &&
+        "$venv/bin/pip" install -q -U pip &&
         "$venv/bin/pip" install -q -r requirements.txt &&
         "$venv/bin/pip" install -q -r tests/requirements.txt &&
         "$venv/bin/python" -W error -m compileall -q -f ./*.py &&
