@@ -433,6 +433,7 @@ class Run:
         self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
         if checkpoint:  # the rows after the checkpoint will be made again
             self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
+            self.metrics.seek(0, os.SEEK_END)  # or a save before the next row would count those that were just cut
         self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
         if self.metrics.tell() == 0:
             self.writer.writeheader()

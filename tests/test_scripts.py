@@ -192,6 +192,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(main, whole, stopped, tmp_pat
     assert sorted(contents(folder)) == sorted(contents(whole))
 
 
+@pytest.mark.usefixtures("main")  # which puts the signals' handlers back
+def test_a_save_before_the_next_row_counts_no_row_that_was_cut(module, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "moved")
+    size = (folder / "metrics.csv").stat().st_size
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("99999,1.0,")
+    checkpoint = module.load_checkpoint(str(folder))
+    with module.Run(module.Args(**checkpoint["args"] | {"resume": str(folder)}), checkpoint) as again:
+        again.save(checkpoint["global_step"], {})
+    assert load(folder)["metrics_size"] == (folder / "metrics.csv").stat().st_size == size
+
+
 def test_a_complete_run_goes_on_with_a_larger_total(script, main, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "moved")
     more = script.steps + 2 * script.batch
