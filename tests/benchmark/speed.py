@@ -9,7 +9,8 @@ its own, and the first third of its steps is burn-in and not counted. A script i
 all its logging and saving, and does with one thread (a3c: with one for each worker). The peers get one thread, and
 again as many as the machine has cores. They do the same work as the scripts: the same batch, epochs, minibatches,
 network sizes and gradients per step; where the scripts have eight actors the peers have one, as is their default, and
-again eight. Memory is the peak of the largest process. A measurement that the file has is not made again.
+again eight. Memory is the peak of the largest process. A measurement that the file has of this
+commit is not made again; a file of another is begun anew.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 from returns import describe
@@ -53,7 +53,7 @@ GROWTH = [
     *((f"reinforce --num-envs {n}", 1, 60_000) for n in ACTORS),
     *((f"ddpg --num-envs {n} --learning-starts 1024", 1, 6144) for n in ACTORS),
     *((f"a3c --num-workers {n}", 1, 60_000 * min(n, CORES)) for n in (1, 2, 4)),
-    ("ddpg --learning-starts 1000000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
+    ("ddpg --learning-starts 990000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
 ]  # fmt: skip
 
 
@@ -124,7 +124,6 @@ def peer(program: str, env_id: str, steps: int) -> float:
 def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
     """Steps per second, and megabytes"""
     warnings.simplefilter("ignore")
-    run: Callable[[], float]
     if program == "environment":
         speed, who = environment(env_id, steps), resource.RUSAGE_SELF
     elif program.startswith("SB3"):
@@ -151,9 +150,9 @@ def main() -> None:
         path, programs, env_ids = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1]
     cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(REPEATS) for env_id in env_ids
              for program, threads, steps in programs if suits(program, env_id)]
-    if not path.exists():
-        path.write_text(describe(" ".join(["python tests/benchmark/speed.py", *sys.argv[1:]]), cores=CORES)
-                        + ",".join(COLUMNS) + "\n")
+    head = describe(" ".join(["python tests/benchmark/speed.py", *sys.argv[1:]]), cores=CORES) + ",".join(COLUMNS) + "\n"
+    if not (path.exists() and path.read_text().startswith(head)):  # measurements of another commit don't mix with these
+        path.write_text(head)
     done = {tuple(row[:4]) for row in csv.reader(path.open())}
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
