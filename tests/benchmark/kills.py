@@ -1,6 +1,6 @@
 """Kills runs of every script at random moments, goes on with each, and compares it with one that nothing befell.
 
-    pip install -r tests/requirements.txt -r tests/benchmark/requirements.txt
+    pip install -r tests/benchmark/requirements.txt
     python tests/benchmark/kills.py         # writes tests/benchmark/results/kills.csv
 
 Four runs of each script, killed (SIGKILL) five times each. The runs save every 0.1 seconds, rather than 10, so that the
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from returns import RESULTS, describe
+from returns import RESULTS, describe, head
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,7 +49,7 @@ def trial(script: Script, seed: int) -> list[tuple]:
 def main() -> None:
     (RESULTS / "kills.csv").parent.mkdir(exist_ok=True)
     with (RESULTS / "kills.csv").open("w", newline="") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        file.write(describe("python tests/benchmark/kills.py"))
+        file.write(describe("python tests/benchmark/kills.py", head()))
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("script", "seed", "saved_step", "seconds_lost", "rows_lost", "equal_in_the_end"))
         trials = [pool.submit(trial, script, seed) for seed in range(1, RUNS + 1) for script in SCRIPTS]

@@ -1,17 +1,22 @@
 """Trains every cell of grid.csv, a process with one thread each, on all cores; goes on where it was stopped.
 
     pip install -r tests/benchmark/requirements.txt
-    python tests/benchmark/returns.py --work /tmp/grid      # writes tests/benchmark/results/<name>/<env>/<seed>.csv
+    python tests/benchmark/returns.py --work /tmp/grid                      # writes results/<name>/<env>/<seed>.csv
+    python tests/benchmark/returns.py --work /tmp/grid --ray 10.0.0.1:6379  # the same on all machines of a Ray cluster
 
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result holds the return and length of every
 episode in training, under one line of comment with the command, commit and versions, and the mean return of 100
 episodes of the trained agent without exploration (`--evaluate`). What a cell was doing when it was
 stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
 its runs are interrupted (Ctrl-C) after as many.
+
+On a Ray cluster, --work is a folder of each machine, or better one that all of them share: a cell whose machine is lost
+is begun anew where another finds nothing of it, and gone on with otherwise. Only this process writes results.
 """
 
 import argparse
 import csv
+import fcntl
 import json
 import os
 import platform
@@ -19,103 +24,152 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")
+RETRIES = 5  # of a cell whose Ray worker dies
 
 
-def describe(command: str, **more: object) -> str:
-    """The first line of a file of results: what made it."""
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-    return "# " + json.dumps({"command": command, "commit": commit, "versions": versions, **more}) + "\n"
+class Cell(NamedTuple):
+    name: str
+    script: str
+    env_id: str
+    seed: str
+    flags: list[str]
+    minutes: float | None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name, self.env_id.replace("/", "-"), self.seed)
 
 
-def cells(grid: Path) -> list[tuple[str, str, str, str, list[str], float | None]]:
-    """(name, script, environment, seed, flags, minutes) of every cell"""
-    rows = csv.DictReader(grid.open())
+def read_grid(path: Path) -> list[Cell]:
     return [
-        (row["name"], row["script"], env_id, seed, shlex.split(row["flags"]), float(row["minutes"] or 0) or None)
-        for row in rows
+        Cell(row["name"], row["script"], env_id, seed, shlex.split(row["flags"]), float(row["minutes"] or 0) or None)
+        for row in csv.DictReader(path.open())
         for seed in row["seeds"].split()
         for env_id in row["env_ids"].split()
     ]
 
 
-def result_of(name: str, env_id: str, seed: str) -> Path:
-    return RESULTS / name / env_id.replace("/", "-") / f"{seed}.csv"
+def head() -> str:
+    """The commit that the files are of."""
+    return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
 
 
-def train(command: list[str], minutes: float | None, log: IO[str]) -> None:
+def describe(command: str, commit: str, **more: object) -> str:
+    """The first line of a file of results: what made it."""
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    return "# " + json.dumps({"command": command, "commit": commit, "versions": versions, **more}) + "\n"
+
+
+def train(command: list[str], minutes: float | None, root: Path, lock: IO[str], log: IO[str]) -> None:
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+    process = subprocess.Popen(command, cwd=root, env=environ, stdout=log, stderr=log, pass_fds=[lock.fileno()])
     try:
         status = process.wait(minutes and 60 * minutes)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         status = 0 if process.wait() == 130 else process.returncode
-    if status:
+    log.flush()
+    if status and "is complete at step" not in Path(log.name).read_text():  # stopped between training and evaluation
         raise subprocess.CalledProcessError(status, command)
 
 
-def publish(trained: Path, command: list[str], result: Path) -> None:
-    """Evaluates the run in a folder, and writes its file of results."""
+def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[str]) -> str:
+    """Evaluates the run in a folder, and tells its results."""
     with (trained / "metrics.csv").open() as source:
         rows = list(csv.DictReader(source))
     evaluate = [sys.executable, command[1], "--evaluate", str(trained), "--eval-episodes", "100"]
-    lines = subprocess.run(evaluate, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    lines = subprocess.run(evaluate, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
     evaluated = [float(line.split()[3].strip(",")) for line in lines.splitlines() if line.startswith("episode")]
     speeds = [int(row["charts/SPS"]) for row in rows if row["charts/SPS"]]
     last = {"steps": int(rows[-1]["global_step"]), "steps_per_second": speeds[-1],
             "evaluated": round(sum(evaluated) / len(evaluated), 1)}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    partial = result.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        file.write(describe(" ".join(command), **last))
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("global_step", "episodic_return", "episodic_length"))
-        for row in rows:
-            if row["charts/episodic_return"]:
-                episode = float(row["charts/episodic_return"]), int(row["charts/episodic_length"])
-                writer.writerow((row["global_step"], f"{episode[0]:.6g}", episode[1]))
-    partial.replace(result)
+    episodes = [
+        f"{row['global_step']},{float(row['charts/episodic_return']):.6g},{row['charts/episodic_length']}"
+        for row in rows
+        if row["charts/episodic_return"]
+    ]
+    lines = "global_step,episodic_return,episodic_length", *episodes, ""
+    return describe(" ".join(command), commit, **last) + "\n".join(lines)
 
 
-def run(
-    work: Path, name: str, script: str, env_id: str, seed: str, flags: list[str], minutes: float | None
-) -> None:
-    folder = work / name / env_id.replace("/", "-") / seed
+def run(cell: Cell, root: Path, work: Path, commit: str) -> tuple[str | None, str]:
+    """Trains and evaluates a cell, or goes on with it; returns its result, None if it failed, and its log."""
+    folder = work / cell.path
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["python", f"{script}.py", "--env-id", env_id, "--seed", seed, *flags]
-    where = ["--runs-dir", str(folder), "--no-cuda"]
-    if checkpoints := sorted(folder.glob("*/checkpoint.pt")):
-        where = ["--resume", str(checkpoints[-1])]
-    with (folder / "log").open("w") as log:
-        train([sys.executable, *command[1:], *where], minutes, log)
-    publish(max(folder.glob("*/metrics.csv")).parent, command, result_of(name, env_id, seed))
+    command = ["python", f"{cell.script}.py", "--env-id", cell.env_id, "--seed", cell.seed, *cell.flags]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # training holds it too: what is left of a killed worker ends before we go on
+        where = ["--runs-dir", str(folder), "--no-cuda"]
+        if checkpoints := sorted(folder.glob("*/checkpoint.pt")):
+            where = ["--resume", str(checkpoints[-1])]
+        with (folder / "log").open("w") as log:
+            try:
+                train([sys.executable, *command[1:], *where], cell.minutes, root, lock, log)
+                trained = max(folder.glob("*/metrics.csv")).parent
+                return result(trained, command, root, commit, log), ""
+            except subprocess.CalledProcessError as error:
+                log.flush()
+                return None, f"{(folder / 'log').read_text()}{error}\n"
+
+
+def on_this_machine(cells: list[Cell], jobs: int, *rest: object) -> Iterator[tuple[Cell, Callable]]:
+    """(cell, what returns its outcome) as they finish"""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, cell, ROOT, *rest): cell for cell in cells}
+        for future in as_completed(futures):
+            yield futures[future], future.result
+
+
+def on_a_cluster(cells: list[Cell], address: str, jobs: int, *rest: object) -> Iterator[tuple[Cell, Callable]]:
+    """The same; the address "local" makes a Ray of its own on this machine, with as many workers as jobs."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    files = {"working_dir": str(ROOT), "excludes": [".git", "tests/benchmark/results", "tests/benchmark/figures", "runs"]}
+    ray.init(address, num_cpus=jobs if address == "local" else None, runtime_env=files, log_to_driver=False)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(run)
+    running = {task.remote(cell, Path(), *rest): cell for cell in cells}  # Ray's copy of the files is the working folder
+    while running:
+        (done,), _ = ray.wait(list(running))
+        yield running.pop(done), partial(ray.get, done)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--grid", type=Path, default=Path(__file__).parent / "grid.csv", help="table of cells")
     parser.add_argument("--work", type=Path, required=True, help="folder for unfinished runs and logs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, on this machine")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there, or with a Ray of our own: local")
     args = parser.parse_args()
-    missing = [c for c in cells(args.grid) if not result_of(c[0], c[2], c[3]).exists()]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run, args.work, *cell): cell for cell in missing}
-        for future in tqdm(as_completed(futures), total=len(futures), unit=" cells"):
-            if future.exception():
-                name, _, env_id, seed, *_ = futures[future]
-                log = args.work / name / env_id.replace("/", "-") / seed / "log"
-                tqdm.write(f"{name} {env_id} {seed} failed: see {log}")
+    work, results = args.work.resolve(), args.results.resolve()
+    missing = [cell for cell in read_grid(args.grid) if not (results / cell.path).with_suffix(".csv").exists()]
+    rest = args.jobs, work, head()
+    outcomes = on_a_cluster(missing, args.ray, *rest) if args.ray else on_this_machine(missing, *rest)
+    for cell, outcome in tqdm(outcomes, total=len(missing), unit=" cells"):
+        try:
+            text, log = outcome()
+        except Exception as error:
+            text, log = None, f"{error!r}\n"
+        path = (results / cell.path).with_suffix(".csv") if text else work / cell.path / "log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".partial")
+        unfinished.write_text(text or log)
+        unfinished.replace(path)
+        if not text:
+            tqdm.write(f"{cell.name} {cell.env_id} {cell.seed} failed: see {path}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import time
 import warnings
 from pathlib import Path
 
-from returns import describe
+from returns import describe, head
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,9 +150,10 @@ def main() -> None:
         path, programs, env_ids = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1]
     cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(REPEATS) for env_id in env_ids
              for program, threads, steps in programs if suits(program, env_id)]
-    head = describe(" ".join(["python tests/benchmark/speed.py", *sys.argv[1:]]), cores=CORES) + ",".join(COLUMNS) + "\n"
-    if not (path.exists() and path.read_text().startswith(head)):  # measurements of another commit don't mix with these
-        path.write_text(head)
+    command = " ".join(["python tests/benchmark/speed.py", *sys.argv[1:]])
+    begin = describe(command, head(), cores=CORES) + ",".join(COLUMNS) + "\n"
+    if not (path.exists() and path.read_text().startswith(begin)):  # measurements of another commit don't mix with these
+        path.write_text(begin)
     done = {tuple(row[:4]) for row in csv.reader(path.open())}
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,0 +1,96 @@
+"""The grid of benchmarks: each cell once, whatever happens to what trains it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+GRID = """name,script,env_ids,seeds,flags,minutes
+short,reinforce,CartPole-v1,1 2,--total-timesteps 3000,
+long,ppo_clip,CartPole-v1,1 2,--total-timesteps 30720,
+wrong,reinforce,CartPole-v1,1,--gamma 2,
+"""
+CELLS = "short/CartPole-v1/1", "short/CartPole-v1/2", "long/CartPole-v1/1", "long/CartPole-v1/2"
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    (folder / "grid.csv").write_text(GRID)
+    command = [sys.executable, ROOT / "tests/benchmark/returns.py", "--grid", folder / "grid.csv", "--jobs", "2"]
+    where = "--work", folder / "work", "--results", folder / "results"
+    log = (folder / "log").open("w")
+    return subprocess.Popen([*command, *where, *flags], stdout=log, stderr=log, start_new_session=True)
+
+
+def results(folder: Path) -> dict[str, tuple[dict, str]]:
+    """cell → what made its result, but for the speed, and its rows"""
+    found = {}
+    for path in (folder / "results").rglob("*.csv"):
+        about, _, rows = path.read_text().partition("\n")
+        about = json.loads(about.removeprefix("# "))
+        assert about.pop("steps_per_second") > 0
+        found[str(path.relative_to(folder / "results").with_suffix(""))] = about, rows
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The results of a grid that ran undisturbed on this machine."""
+    folder = tmp_path_factory.mktemp("local")
+    assert start(folder).wait(300) == 0, (folder / "log").read_text()
+    return folder
+
+
+def test_every_cell_has_a_result_and_one_that_failed_a_log(expected):
+    assert results(expected).keys() == set(CELLS)
+    for about, rows in results(expected).values():
+        assert about["steps"] >= 2048 and "evaluated" in about and len(rows.splitlines()) > 10
+    assert "error: --gamma" in (expected / "work/wrong/CartPole-v1/1/log").read_text()
+    assert "wrong CartPole-v1 1 failed" in (expected / "log").read_text()
+
+
+def processes(text: str) -> list[int]:
+    """Those whose command line has it"""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(path.parent.name)] * (text in path.read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+def wait_for_training(folder: Path) -> None:
+    deadline = time.time() + 120
+    while not list((folder / "work/long").rglob("metrics.csv")):
+        assert time.time() < deadline, (folder / "log").read_text()
+        time.sleep(0.1)
+
+
+def test_a_grid_that_is_stopped_goes_on_to_the_same_results(expected, tmp_path):
+    stopped = start(tmp_path)
+    wait_for_training(tmp_path)
+    os.killpg(stopped.pid, signal.SIGKILL)
+    stopped.wait()
+    assert results(tmp_path).keys() < set(CELLS)
+    assert start(tmp_path).wait(300) == 0
+    assert results(tmp_path) == results(expected)
+
+
+def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expected, tmp_path):
+    pytest.importorskip("ray")
+    grid = start(tmp_path, "--ray", "local")
+    wait_for_training(tmp_path)
+    (training, *_) = processes(f"--runs-dir {tmp_path}/work/long")
+    worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(")")[2].split()[1])
+    assert "ray::run" in Path(f"/proc/{worker}/cmdline").read_text()
+    os.kill(worker, signal.SIGKILL)
+    assert grid.wait(300) == 0, (tmp_path / "log").read_text()
+    assert results(tmp_path) == results(expected)
+    assert "error: --gamma" in (tmp_path / "work/wrong/CartPole-v1/1/log").read_text()
