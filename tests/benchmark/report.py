@@ -8,9 +8,10 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,48 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
-SOLVED = "CartPole-v1", 475
-STEPS = 1_000_000  # of a curve
+STEPS = 1_000_000  # of a run that is compared with published ones
+
+# The rows of the lecture's table: objective, the lecture's score, and the name in grid.csv.
+PPO_TABLE = [
+    ("no clipping or penalty", -0.39, "ppo_none"),
+    ("clipping, ε = 0.1", 0.76, "ppo_clip_0.1"),
+    ("clipping, ε = 0.2", 0.82, "ppo_clip"),
+    ("clipping, ε = 0.3", 0.70, "ppo_clip_0.3"),
+    ("adaptive KL, d_targ = 0.003", 0.68, "ppo_kl_0.003"),
+    ("adaptive KL, d_targ = 0.01", 0.74, "ppo_kl"),
+    ("adaptive KL, d_targ = 0.03", 0.71, "ppo_kl_0.03"),
+    ("fixed KL, β = 0.3", 0.62, "ppo_kl_fixed_0.3"),
+    ("fixed KL, β = 1", 0.71, "ppo_kl_fixed"),
+    ("fixed KL, β = 3", 0.72, "ppo_kl_fixed_3"),
+    ("fixed KL, β = 10", 0.69, "ppo_kl_fixed_10"),
+]
+PPO_ENV_IDS = ["HalfCheetah-v4", "Hopper-v4", "InvertedDoublePendulum-v4", "InvertedPendulum-v4", "Reacher-v4",
+               "Swimmer-v4", "Walker2d-v4"]
+SCRIPTS = "reinforce", "a3c", "trpo", "ppo_clip", "ppo_kl", "ddpg"
+CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
+STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
+              "reinforce_lr_0.1": "REINFORCE, α = 0.1", "trpo": "TRPO", "ppo_clip": "PPO"}
+WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c_2_workers": "2 actor-learners"}
+PONG = {"a3c": "feed-forward", "a3c_lstm": "LSTM"}
+PEERS = {"ppo_clip": "SB3 PPO", "ppo_kl": "SB3 PPO", "trpo": "SB3 TRPO", "a3c --num-workers 1": "SB3 A2C, 2 actors",
+         "a3c --num-workers 2": "SB3 A2C, 2 actors", "ddpg --learning-starts 1000": "SB3 DDPG"}
+
+
+class Run(NamedTuple):
+    about: dict  # what made it
+    steps: np.ndarray  # at the end of each episode
+    returns: np.ndarray
+
+    @property
+    def score(self) -> float:
+        """What the PPO paper compares: the mean of the last 100 episodes"""
+        return self.returns[-100:].mean()
+
+    @property
+    def means(self) -> np.ndarray:
+        """of every 100 episodes in a row"""
+        return np.convolve(self.returns, np.ones(100) / 100, "valid")
 
 
 def read(path: Path) -> tuple[dict, list[dict[str, str]]]:
@@ -28,12 +69,18 @@ def read(path: Path) -> tuple[dict, list[dict[str, str]]]:
     return json.loads(comment.removeprefix("# ")), list(csv.DictReader(io.StringIO(rows)))
 
 
-def runs() -> Iterator[tuple[str, str, str, dict, np.ndarray, np.ndarray]]:
-    """(name, environment, seed, what made it, steps, returns) of every cell of the grid that is done"""
-    for path in sorted(RESULTS.glob("*/*/*.csv")):
+def runs(name: str, env_id: str) -> list[Run]:
+    """A run for each seed that is done"""
+    found = []
+    for path in sorted((RESULTS / name / env_id.replace("/", "-")).glob("*.csv")):
         about, rows = read(path)
-        steps, returns = np.array([(int(row["global_step"]), float(row["episodic_return"])) for row in rows]).T
-        yield path.parts[-3], path.parts[-2], path.stem, about, steps, returns
+        columns = zip(*((int(row["global_step"]), float(row["episodic_return"])) for row in rows))
+        found.append(Run(about, *map(np.array, columns)))
+    return found
+
+
+def commits(some: list[Run]) -> str:
+    return ", ".join(f"`{commit}`" for commit in sorted({run.about["commit"] for run in some}))
 
 
 def table(header: str, rows: list[tuple]) -> str:
@@ -45,72 +92,161 @@ def number(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
+# ── The lecture's table ───────────────────────────────────────────────────────────────────────────────────────────
+
+def normalized(scores: dict[str, np.ndarray], random: np.ndarray) -> dict[str, np.ndarray]:
+    """scores of each objective (environments, seeds), random policy's (environments,) → 0: random, 1: the best run"""
+    best = np.max([score.max(1) for score in scores.values()], axis=0)
+    return {name: (score - random[:, None]) / (best - random)[:, None] for name, score in scores.items()}
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """(…,K) → (…): mean of the middle half of K scores (Agarwal et al. 2021, arXiv:2108.13264)"""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def interval(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """95% interval by stratified bootstrap: seeds are drawn anew within each environment.   (environments, seeds)"""
+    drawn = np.random.default_rng(0).integers(scores.shape[1], size=(10_000, *scores.shape))
+    samples = np.take_along_axis(scores[None], drawn, 2).reshape(len(drawn), -1)
+    return tuple(np.percentile(statistic(samples), [2.5, 97.5]))
+
+
+def ppo_table() -> str:
+    """The lecture's table beside ours; an objective counts when every environment has its seeds."""
+    random = np.array([runs("random", env_id)[0].returns.mean() for env_id in PPO_ENV_IDS])
+    trained = {name: [runs(name, env_id)[:3] for env_id in PPO_ENV_IDS] for _, _, name in PPO_TABLE}
+    done = {name: some for name, some in trained.items() if all(len(seeds) == 3 for seeds in some)}
+    scores = {name: np.array([[run.score for run in seeds] for seeds in some]) for name, some in done.items()}
+    of, rows = normalized(scores, random), []
+    for objective, lecture, name in PPO_TABLE:
+        ours = ("not run", "", "", "")
+        if name in of:
+            means, flat = of[name].mean(1), of[name].flatten()
+            low, high = interval(of[name], lambda x: x.mean(-1))
+            iqm_low, iqm_high = interval(of[name], interquartile_mean)
+            ours = (f"**{flat.mean():.2f}** ({low:.2f} – {high:.2f})",
+                    f"{interquartile_mean(flat):.2f} ({iqm_low:.2f} – {iqm_high:.2f})",
+                    " ".join(f"{mean:.2f}" for mean in means), commits(sum(done[name], [])))
+        rows.append((objective, f"{lecture:.2f}", *ours))
+    return table("| objective | lecture | ours: mean (95% interval) | interquartile mean | of each environment | commit |", rows)
+
+
+# ── The six scripts beside published figures ──────────────────────────────────────────────────────────────────────
+
+def published() -> dict[tuple[str, str], tuple[float, str]]:
+    """(script, environment) → the best figure at 1M steps, and whose it is"""
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    for row in csv.DictReader((HERE / "published.csv").open()):
+        cell, budget = (row["script"], row["env_id"]), "" if row["steps"] == "1M" else f", {row['steps']}"
+        new = float(row["return"]), f"{row['source']}, {row['method']}, {row['seeds']} seeds{budget}"
+        found[cell] = max(new, found.get(cell, new))
+    return found
+
+
 def returns_table() -> str:
-    """Mean returns of each run: of its last 100 episodes of training, and of 100 without exploration after it."""
-    seeds: dict[tuple[str, str], list[tuple[dict, float]]] = {}
-    for name, env_id, _, about, _, returns in runs():
-        if env_id != SOLVED[0]:
-            seeds.setdefault((name, env_id), []).append((about, returns[-100:].mean()))
-    rows = [
-        (name, env_id, f"{max(about.get('steps', STEPS) for about, _ in trained) / 1e6:.2g}M",
-         number(np.mean([mean for _, mean in trained])), " ".join(number(mean) for _, mean in trained),
-         " ".join(number(about["evaluated"]) for about, _ in trained if "evaluated" in about) or "not measured",
-         ", ".join(f"`{commit}`" for commit in sorted({about["commit"] for about, _ in trained})))
-        for (name, env_id), trained in seeds.items()
-    ]
-    return table("| run | environment | steps | mean | seeds 1, 2, … | the same agents without exploration | commit |", rows)
+    """Mean returns of each script's runs: of their last 100 episodes in training, and of 100 without exploration."""
+    rows, best = [], published()
+    for env_id in CURVES:
+        for script in SCRIPTS:
+            if trained := runs(script, env_id):
+                mean, (figure, source) = np.mean([run.score for run in trained]), best[script, env_id]
+                rows.append((env_id, f"`{script}`", f"**{mean:.0f}**", " ".join(number(run.score) for run in trained),
+                             number(np.mean([run.about["evaluated"] for run in trained])), f"{figure:.0f}", source,
+                             commits(trained)))
+    return table("| environment | script | ours | seeds 1, 2, 3 | without exploration | best published | by | commit |", rows)
+
+
+def others_table() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("*/*/")):
+        name, env_id = path.parts[-2:]
+        trained = runs(name, env_id)
+        if name != "random" and env_id != "CartPole-v1" and not (name in SCRIPTS and env_id in CURVES):
+            rows.append((name, env_id, f"{max(run.about['steps'] for run in trained) / 1e6:.2g}M",
+                         " ".join(number(run.score) for run in trained),
+                         " ".join(number(run.about["evaluated"]) for run in trained), commits(trained)))
+    return table("| run | environment | steps | seeds 1, 2, … | without exploration | commit |", rows)
 
 
 def solved_table() -> str:
-    """Steps until the mean return of 100 episodes has reached what counts as solved."""
-    solved, made = {}, {}
-    for name, env_id, _, about, steps, returns in runs():
-        if env_id == SOLVED[0]:
-            means = np.convolve(returns, np.ones(100) / 100, "valid")
-            reached = f"{steps[99:][means >= SOLVED[1]][0]:.0f}" if (means >= SOLVED[1]).any() else "never"
-            solved.setdefault(name, []).append(reached)
-            made.setdefault(name, set()).add(about["commit"])
-    rows = [(name, " ".join(steps), ", ".join(f"`{commit}`" for commit in sorted(made[name])))
-            for name, steps in solved.items()]
+    """Steps until the mean return of 100 episodes on CartPole-v1 has reached 475, which counts as solved."""
+    rows = []
+    for path in sorted(RESULTS.glob("*/CartPole-v1")):
+        trained = runs(path.parent.name, path.name)
+        reached = [run.steps[99:][run.means >= 475] for run in trained]
+        rows.append((path.parent.name, " ".join(f"{steps[0]}" if len(steps) else "never" for steps in reached),
+                     commits(trained)))
     return table("| run | steps, seeds 1, 2, … | commit |", rows)
 
 
+# ── Speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def measurements(name: str) -> dict[tuple[str, str, str], list[tuple[int, int]]]:
+    """(environment, program, threads) → (steps per second, megabytes) of every repeat"""
+    measured: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    for row in read(RESULTS / f"{name}.csv")[1]:
+        cell = row["env_id"], row["program"], row["threads"]
+        measured.setdefault(cell, []).append((int(row["steps_per_second"]), int(row["peak_mb"])))
+    return measured
+
+
 def speed_table() -> str:
-    """Medians and ranges of steps per second, beside those of the bare environment."""
-    about, rows = read(RESULTS / "speed.csv")
-    rates: dict[tuple[str, str], list[int]] = {}
-    for row in rows:
-        rates.setdefault((row["env_id"], row["program"]), []).append(int(row["steps_per_second"]))
-    shown = [
-        (env_id, program, f"{median(rate):.0f}", f"{min(rate)} – {max(rate)}",
-         f"{median(rate) / median(rates[env_id, 'SB3 PPO']):.2f}")
-        for (env_id, program), rate in rates.items()
-    ]
-    return table("| environment | program | steps/s, median | range | against SB3 PPO |", shown)
+    """Each script's medians and ranges, and how many times as fast as its peer and the bare environment it is."""
+    measured = measurements("speed")
+    rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
+    cores, rows = max(threads for *_, threads in rates), []
+    for (env_id, program, threads), repeats in measured.items():
+        if program.startswith("SB3"):
+            continue
+        rate, peer = rates[env_id, program, threads], PEERS.get(program, "")
+        others = (peer, "1"), (peer, cores), (f"{peer}, 8 actors", "1")
+        times = [f"{rate / rates[env_id, *other]:.1f}" if (env_id, *other) in rates else "" for other in others]
+        share = f"{rate / rates[env_id, 'environment', '1']:.0%}"
+        low, *_, high = sorted(rate for rate, _ in repeats)
+        rows.append((env_id, program, f"{rate:.0f}", f"{low} – {high}", share, peer, *times, max(mb for _, mb in repeats)))
+    return table("| environment | program | steps/s | range | of the environment's | peer | times as fast "
+                 "| … with all cores | … with 8 actors | MB |", rows)
 
 
-def curves(env_id: str) -> None:
-    """Return against steps: a window of 100 episodes, each seed thin, their mean thick."""
+def growth_table() -> str:
+    """Steps per second and megabytes of each script by its number of actors."""
+    cells: dict[str, dict[int, str]] = {}
+    for (_, program, _), repeats in measurements("growth").items():
+        name, *flags = program.split()
+        if flags[0].startswith("--num-"):
+            rate, mb = median(rate for rate, _ in repeats), max(mb for _, mb in repeats)
+            cells.setdefault(name, {})[int(flags[1])] = f"{rate:.0f} ({mb})"
+    actors = sorted({n for found in cells.values() for n in found})
+    return table("| script | " + " | ".join(map(str, actors)) + " |",
+                 [(name, *(found.get(n, "") for n in actors)) for name, found in cells.items()])
+
+
+# ── Figures ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False) -> None:
+    """Return against steps, or minutes: means of 100 episodes, each seed thin, their mean thick."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [(name, steps, returns) for name, env, _, _, steps, returns in runs() if env == env_id]
-    grid = np.linspace(0, max(STEPS, *(steps[-1] for _, steps, _ in shown)), 200)
-    seeds: dict[str, list[np.ndarray]] = {}
-    for name, steps, returns in shown:
-        smooth, right = np.convolve(returns, np.ones(100) / 100, "valid"), None if grid[-1] == STEPS else np.nan
-        seeds.setdefault(name, []).append(np.interp(grid, steps[99:], smooth, left=np.nan, right=right))
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    for color, (name, lines) in enumerate(seeds.items()):
-        axes.plot(grid, np.transpose(lines), color=f"C{color}", linewidth=0.6, alpha=0.5)
-        axes.plot(grid, np.mean(lines, axis=0), color=f"C{color}", linewidth=2, label=f"{name} ({len(lines)})")
-    axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of 100 episodes", xlim=(0, grid[-1]))
+    picture, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    for color, (name, label) in enumerate(names.items()):
+        if trained := runs(name, env_id):
+            units = [60 * run.about["steps_per_second"] if minutes else 1e6 for run in trained]
+            ends = [run.about["steps"] / unit for run, unit in zip(trained, units)]
+            grid = np.linspace(0, min(ends), 200)
+            lines = [np.interp(grid, run.steps[99:] / unit, run.means, left=np.nan) for run, unit in zip(trained, units)]
+            axes.plot(grid, np.transpose(lines), color=f"C{color}", linewidth=0.6, alpha=0.5)
+            axes.plot(grid, np.mean(lines, axis=0), color=f"C{color}", linewidth=2, label=f"{label} ({len(lines)})")
+    axes.set(title=env_id, xlabel="minutes" if minutes else "million steps", ylabel="return, mean of 100 episodes")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="run (seeds)", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(title="runs (seeds)", loc="center left", bbox_to_anchor=(1, 0.5))
     FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{env_id}.png", dpi=120)
+    picture.savefig(FIGURES / f"{file}.png", dpi=120)
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -120,7 +256,8 @@ def fill(text: str, name: str, content: str) -> str:
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    tables = {"returns": returns_table, "solved": solved_table, "speed": speed_table}
+    tables = {"ppo": ppo_table, "returns": returns_table, "others": others_table, "solved": solved_table,
+              "speed": speed_table, "growth": growth_table}
     for name, make in tables.items():
         text = fill(text, name, make())
     return text
@@ -128,8 +265,11 @@ def readme() -> str:
 
 def main() -> None:
     (ROOT / "README.md").write_text(readme())
-    for env_id in sorted({env_id for _, env_id, _, about, *_ in runs() if about.get("steps", STEPS) > 0.9 * STEPS}):
-        curves(env_id)
+    for env_id in CURVES:
+        figure(env_id, env_id, {script: script for script in SCRIPTS})
+    figure("step-sizes", "Hopper-v4", STEP_SIZES)
+    figure("workers", "Hopper-v4", WORKERS, minutes=True)
+    figure("ALE-Pong-v5", "ALE/Pong-v5", PONG)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""The statistics of the benchmarks' report, against what they are by hand."""
+
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
+import report  # noqa: E402
+
+
+def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
+    scores = np.array([100.0, 1, 2, 3, 4, -50, 5, 6])
+    assert report.interquartile_mean(scores) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert report.interquartile_mean(np.array([[1.0, 2, 6], [0, 0, 3]])) == pytest.approx([3, 1])  # of 3, none
+
+
+def test_a_score_of_0_is_the_random_policy_and_of_1_the_best_run():
+    scores = {"a": np.array([[10.0, 20], [-5, -3]]), "b": np.array([[0.0, 30], [-1, -2]])}
+    found = report.normalized(scores, random=np.array([10.0, -11]))
+    assert found["a"] == pytest.approx(np.array([[0, 0.5], [0.6, 0.8]]))
+    assert found["b"] == pytest.approx(np.array([[-0.5, 1], [1, 0.9]]))
+
+
+def test_the_interval_draws_seeds_within_their_environment():
+    apart = np.array([[0.0, 0, 0], [1, 1, 1]])  # whoever mixes the environments finds an interval around 0.5
+    assert report.interval(apart, lambda x: x.mean(-1)) == (0.5, 0.5)
+    low, high = report.interval(np.random.default_rng(1).normal(size=(20, 25)), lambda x: x.mean(-1))
+    assert (high - low) / 2 == pytest.approx(1.96 / np.sqrt(500), rel=0.1)
+    assert low < report.interquartile_mean(np.zeros(4)) < high
