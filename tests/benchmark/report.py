@@ -1,4 +1,4 @@
-"""Makes the README's tables, between its markers, and its figures from the CSV files of the benchmarks.
+"""Makes the tables of both READMEs, between their markers, and the figures from the CSV files of the benchmarks.
 
     pip install -r tests/benchmark/requirements.txt
     python tests/benchmark/report.py
@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -192,13 +193,13 @@ def measurements(name: str) -> dict[tuple[str, str, str], list[tuple[int, int]]]
     return measured
 
 
-def speed_table() -> str:
+def speed_table(env_ids: tuple[str, ...] = ("Hopper-v4", "HalfCheetah-v4", "CartPole-v1")) -> str:
     """Each script's medians and ranges, and how many times as fast as its peer and the bare environment it is."""
     measured = measurements("speed")
     rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
     cores, rows = max(threads for *_, threads in rates), []
     for (env_id, program, threads), repeats in measured.items():
-        if program.startswith("SB3"):
+        if program.startswith("SB3") or env_id not in env_ids:
             continue
         rate, peer = rates[env_id, program, threads], PEERS.get(program, "")
         others = (peer, "1"), (peer, cores), (f"{peer}, 8 actors", "1")
@@ -249,22 +250,26 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
     picture.savefig(FIGURES / f"{file}.png", dpi=120)
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """The README with what stands between the markers <!-- name --> and <!-- /name --> replaced."""
-    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}\n{content}\n\n{m[2]}", text, flags=re.S)
+TABLES = {
+    "README.md": {"ppo": ppo_table, "returns": returns_table, "speed": partial(speed_table, ("Hopper-v4",))},
+    "tests/benchmark/README.md": {"others": others_table, "solved": solved_table, "speed": speed_table,
+                                  "growth": growth_table},
+}
 
 
-def readme() -> str:
-    text = (ROOT / "README.md").read_text()
-    tables = {"ppo": ppo_table, "returns": returns_table, "others": others_table, "solved": solved_table,
-              "speed": speed_table, "growth": growth_table}
-    for name, make in tables.items():
-        text = fill(text, name, make())
+def filled(path: str) -> str:
+    """The file's text with what stands between its markers <!-- name --> and <!-- /name --> made anew."""
+    text = (ROOT / path).read_text()
+    for name, make in TABLES[path].items():
+        pattern, content = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", make()
+        assert re.search(pattern, text, re.S), f"{path} has no markers for {name}"
+        text = re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.S)
     return text
 
 
 def main() -> None:
-    (ROOT / "README.md").write_text(readme())
+    for path in TABLES:
+        (ROOT / path).write_text(filled(path))
     for env_id in CURVES:
         figure(env_id, env_id, {script: script for script in SCRIPTS})
     figure("step-sizes", "Hopper-v4", STEP_SIZES)

@@ -62,8 +62,11 @@ def read_grid(path: Path) -> list[Cell]:
 
 
 def head() -> str:
-    """The commit that the files are of."""
-    return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    """The commit that the files are of, and whether others than results have been changed since."""
+    git = partial(subprocess.check_output, cwd=ROOT, text=True)
+    others = ".", ":!tests/benchmark/results"
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", *others])
+    return git(["git", "rev-parse", "--short", "HEAD"]).strip() + ("-dirty" if changed else "")
 
 
 def describe(command: str, commit: str, **more: object) -> str:
