@@ -226,8 +226,8 @@ class RunningNorm(nn.Module):
         weight = (len(x) / self.count).float()
         mean = x.mean(0)
         var, delta = (x - mean).square().mean(0), mean - self.mean
-        self.mean += weight * delta
-        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
+        self.mean.lerp_(mean, weight)
+        self.var.lerp_(var + (1 - weight) * delta.square(), weight)
         self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ class Shared(NamedTuple):
     theta: Tensor  # all of the agent's parameters as one vector
     square_avg: Tensor  # RMSProp's g
     T: Synchronized  # steps that all have taken, with a lock
-    steps: Tensor  # (workers,): steps that each has taken
+    steps: ctypes.Array  # of as many numbers as actor-learners: steps that each has taken
     pause: ctypes.c_byte  # 1 while the actor-learners are to meet as their segments end, for a checkpoint
 
 
@@ -391,7 +391,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
     device, theta = agent.critic.weight.device, as_vector(agent.parameters())
     agent.obs_norm, agent.value_norm = shared.agent.obs_norm, shared.agent.value_norm
     # [A3C-1] initialise own step counter t ← 1
-    t = 1 + int(shared.steps[n])
+    t = 1 + shared.steps[n]
     # [A3C-2] repeat
     while True:
         # [A3C-3] reset gradients dθ ← 0, dθ_v ← 0
@@ -400,17 +400,19 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         theta.data.copy_(shared.theta)
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
+        with torch.no_grad():
+            noise = agent.noise(args.t_max, 1).to(device)
         # [A3C-6] get state s_t
-        obs = [torch.tensor(actor.obs, dtype=torch.float32)]
+        obs = [torch.from_numpy(np.array(actor.obs, np.float32))]
         # [A3C-7] repeat
         terminated = truncated = False
         while not (terminated or truncated or t - t_start == args.t_max):
             # [A3C-8] perform a_t according to π(a_t|s_t; θ')
             with torch.no_grad():
-                action, memory = agent.act(obs[-1].unsqueeze(0), memory, agent.noise(1).to(device))
+                action, memory = agent.act(obs[-1].unsqueeze(0), memory, noise[t - t_start])
             # [A3C-9] receive reward r_t and new state s_{t+1}
             next_obs, reward, terminated, truncated = actor.step(action[0].cpu().numpy())
-            obs.append(torch.tensor(next_obs, dtype=torch.float32))
+            obs.append(torch.from_numpy(np.array(next_obs, np.float32)))
             actions.append(action)
             rewards.append(reward)
             # [A3C-10] t ← t + 1
@@ -678,7 +680,7 @@ class Workers:
 
     def __init__(self, args: Args, shared: Shared, states: list[dict], folder: Path):
         self.shared, self.processes, self.pipes = shared, [], []
-        self.seen = shared.steps.tolist()
+        self.seen = list(shared.steps)
         self.idle = [-math.inf] * args.num_workers  # seconds without a step, counted from its first one on
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         for n, seed in enumerate(torch.randint(2**62, (args.num_workers,)).tolist()):
@@ -703,7 +705,7 @@ class Workers:
                     yield n, *pipe.recv()
             if not alive:
                 self.fail(n, f"died (exit code {process.exitcode})")
-            steps = self.shared.steps[n].item()
+            steps = self.shared.steps[n]
             if steps != self.seen[n] or n in paused:
                 self.seen[n], self.idle[n] = steps, 0
             self.idle[n] += min(time.monotonic() - begun, 1)  # time that all were stopped for (Ctrl-Z) doesn't count
@@ -737,17 +739,17 @@ def train(args: Args, checkpoint: dict | None) -> int:
     agent = Agent(env.observation_space, env.action_space, args.lstm)
     env.close()
     theta, step, states = as_vector(agent.parameters()).data, 0, [{}] * args.num_workers
-    square_avg, steps = torch.zeros_like(theta), torch.zeros(args.num_workers, dtype=torch.int64)
+    square_avg, steps = torch.zeros_like(theta), mp.get_context("spawn").RawArray("q", args.num_workers)
     if checkpoint:
         step, states = checkpoint["global_step"], checkpoint["workers"]
         if step >= args.total_timesteps:
             raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
         agent.load_state_dict(checkpoint["agent"])
         square_avg.copy_(checkpoint["square_avg"])
-        steps.copy_(checkpoint["steps"])
+        steps[:] = checkpoint["steps"]
     agent.share_memory()
     counter, pause = mp.get_context("spawn").Value("q", step), mp.get_context("spawn").RawValue("b", 0)
-    shared = Shared(agent, theta, square_avg.share_memory_(), counter, steps.share_memory_(), pause)
+    shared = Shared(agent, theta, square_avg.share_memory_(), counter, steps, pause)
     with (Run(args, checkpoint) as run,
           contextlib.closing(Workers(args, shared, states, run.folder)) as workers):
         over, states = False, {}
@@ -770,7 +772,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 run.save(step, {
                     "agent": agent.state_dict(),
                     "square_avg": square_avg,
-                    "steps": steps,
+                    "steps": list(steps),
                     "workers": [states[n] for n in range(args.num_workers)],
                 })
                 pause.value, states = 0, {}

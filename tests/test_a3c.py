@@ -226,9 +226,10 @@ class Trial:
         theta += 0.1 * torch.randn_like(theta)  # a policy far from uniform
         common.share_memory()
         assert theta.is_shared()
-        value, steps = torch.multiprocessing.get_context("spawn").Value, torch.zeros(workers, dtype=torch.int64)
+        context = torch.multiprocessing.get_context("spawn")
         square_avg = torch.zeros_like(theta).share_memory_()
-        self.shared = Shared(common, theta, square_avg, value("q", T), steps.share_memory_(), value("b", 0))
+        self.shared = Shared(common, theta, square_avg, context.Value("q", T), context.RawArray("q", workers),
+                             context.Value("b", 0))
         self.agent, self.actor, self.applied, self.returned, self.seed = agent, Watched(env), [], [], 0
         self.actor.before_step = lambda: None
         self.segments = actor_learner(n, agent, self.actor, memory, self.shared, self.args)
@@ -388,12 +389,12 @@ def test_the_step_size_falls_to_zero_with_the_steps_that_remain(anneal_lr, trial
 
 
 def test_a_gradient_longer_than_the_longest_allowed_is_shortened_to_it(trial):
-    trial = trial(Noise(), max_grad_norm=8.0)
+    trial = trial(Noise(), max_grad_norm=12.0)
     shortened = 0
     for watch in trial.take(20):
         expected, _, _ = true_gradient(watch, None, trial.args)
-        assert_close_to(watch.gradient, expected * min(1, 8 / expected.norm()))
-        shortened += expected.norm() > 8
+        assert_close_to(watch.gradient, expected * min(1, 12 / expected.norm()))
+        shortened += expected.norm() > 12
     assert 0 < shortened < 20
 
 
@@ -425,13 +426,13 @@ def test_a_gradient_that_is_not_finite_is_not_applied(trial):
 
 def test_each_step_is_counted_for_all_and_for_its_worker_as_it_is_taken(trial):
     trial = trial(Noise(), n=1, workers=3, T=100)
-    trial.shared.steps.copy_(torch.tensor([70, 30, 0]))
+    trial.shared.steps[:] = 70, 30, 0
     counts = []
-    trial.actor.before_step = lambda: counts.append((trial.shared.T.value, *trial.shared.steps.tolist()))
+    trial.actor.before_step = lambda: counts.append((trial.shared.T.value, *trial.shared.steps))
     ends = [watch.told.T for watch in trial.take(6)]
     assert counts == [(100 + i, 70, 30 + i, 0) for i in range(24)]
     assert ends == [105, 108, 113, 116, 121, 124]
-    assert trial.shared.T.value == 124 and trial.shared.steps.tolist() == [70, 54, 0]
+    assert trial.shared.T.value == 124 and list(trial.shared.steps) == [70, 54, 0]
 
 
 def test_nobody_comes_between_the_reading_and_the_writing_of_the_count(trial):
@@ -734,7 +735,7 @@ def load(run_folder):
 @PROC
 def test_ctrl_c_while_the_workers_start_saves_what_there_is(stopped_early):
     checkpoint = load(stopped_early)
-    assert 0 < checkpoint["global_step"] == checkpoint["steps"].sum() < 500
+    assert 0 < checkpoint["global_step"] == sum(checkpoint["steps"]) < 500
 
 
 @PROC
@@ -749,8 +750,8 @@ def test_two_workers_count_all_their_steps_and_end_with_the_last(stopped_early, 
     code, _, err = main("--resume", folder)
     assert (code, complaints(err)) == (0, [])
     checkpoint = load(folder)
-    assert 3000 <= checkpoint["global_step"] == checkpoint["steps"].sum() < 3000 + 2 * 4
-    assert (checkpoint["steps"] > 300).all()
+    assert 3000 <= checkpoint["global_step"] == sum(checkpoint["steps"]) < 3000 + 2 * 4
+    assert min(checkpoint["steps"]) > 300
     steps = [int(row["global_step"]) for row in metrics(folder)]
     assert steps == sorted(steps) and steps[-1] == checkpoint["global_step"]
 

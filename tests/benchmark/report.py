@@ -120,7 +120,7 @@ def ppo_table() -> str:
     trained = {name: [runs(name, env_id)[:3] for env_id in PPO_ENV_IDS] for _, _, name in PPO_TABLE}
     done = {name: some for name, some in trained.items() if all(len(seeds) == 3 for seeds in some)}
     scores = {name: np.array([[run.score for run in seeds] for seeds in some]) for name, some in done.items()}
-    of, rows = normalized(scores, random), []
+    of, rows = normalized(scores, random) if scores else {}, []
     for objective, lecture, name in PPO_TABLE:
         ours = ("not run", "", "", "")
         if name in of:
