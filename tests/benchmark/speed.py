@@ -4,7 +4,7 @@
     python tests/benchmark/speed.py             # writes results/speed.csv: the scripts beside their peers
     python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
 
-The programs take turns, so that a machine whose speed drifts slows all of them alike; each measurement is a process of
+The programs take turns, three times, so that a machine whose speed drifts slows all of them alike; each measurement is a process of
 its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
 all its logging and saving, and does with one thread (a3c: with one for each worker). The peers get one thread, and
 again as many as the machine has cores. They do the same work as the scripts: the same batch, epochs, minibatches,
@@ -145,10 +145,10 @@ def main() -> None:
     if args.measure:
         program, env_id, steps = args.measure
         return print(*measure(program, env_id, int(steps)))
-    path, programs, env_ids = RESULTS / "speed.csv", PROGRAMS, ENV_IDS
+    path, programs, env_ids, repeats = RESULTS / "speed.csv", PROGRAMS, ENV_IDS, REPEATS
     if args.growth:
-        path, programs, env_ids = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1]
-    cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(REPEATS) for env_id in env_ids
+        path, programs, env_ids, repeats = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1], 1
+    cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(repeats) for env_id in env_ids
              for program, threads, steps in programs if suits(program, env_id)]
     command = " ".join(["python tests/benchmark/speed.py", *sys.argv[1:]])
     begin = describe(command, head(), cores=CORES) + ",".join(COLUMNS) + "\n"
