@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
 
-    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 2 minutes: return about 1500
+    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 2 minutes: return about 1600
     python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000    # 30 seconds: return about 500
     python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --lstm --ent-coef 0.01 --total-timesteps 10000000
                                                                         # from −20 to about 0 in the first hour
@@ -226,8 +226,8 @@ class RunningNorm(nn.Module):
         weight = (len(x) / self.count).float()
         mean = x.mean(0)
         var, delta = (x - mean).square().mean(0), mean - self.mean
-        self.mean.lerp_(mean, weight)
-        self.var.lerp_(var + (1 - weight) * delta.square(), weight)
+        self.mean += weight * delta
+        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
         self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -400,7 +400,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         theta.data.copy_(shared.theta)
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
-        with torch.no_grad():
+        with torch.no_grad():  # [DETAIL] Drawn for the whole segment: as many draws of one step take longer.
             noise = agent.noise(args.t_max, 1).to(device)
         # [A3C-6] get state s_t
         obs = [torch.from_numpy(np.array(actor.obs, np.float32))]

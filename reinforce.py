@@ -180,8 +180,8 @@ class RunningNorm(nn.Module):
         weight = (len(x) / self.count).float()
         mean = x.mean(0)
         var, delta = (x - mean).square().mean(0), mean - self.mean
-        self.mean.lerp_(mean, weight)
-        self.var.lerp_(var + (1 - weight) * delta.square(), weight)
+        self.mean += weight * delta
+        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
         self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
