@@ -73,18 +73,20 @@ def wait_for_training(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def test_a_grid_that_is_stopped_goes_on_to_the_same_results(expected, tmp_path):
+@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["with_what_it_trains", "alone"])
+def test_a_grid_that_is_stopped_goes_on_to_the_same_results(kill, expected, tmp_path):
     stopped = start(tmp_path)
     wait_for_training(tmp_path)
-    os.killpg(stopped.pid, signal.SIGKILL)
+    kill(stopped.pid, signal.SIGKILL)
     stopped.wait()
     assert results(tmp_path).keys() < set(CELLS)
     assert start(tmp_path).wait(300) == 0
     assert results(tmp_path) == results(expected)
+    if kill is os.kill:  # what was left training was waited for, not begun a second time beside it
+        assert all(len(list((tmp_path / "work" / cell).glob("*/metrics.csv"))) == 1 for cell in CELLS)
 
 
 def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expected, tmp_path):
-    pytest.importorskip("ray")
     grid = start(tmp_path, "--ray", "local")
     wait_for_training(tmp_path)
     (training, *_) = processes(f"--runs-dir {tmp_path}/work/long")

@@ -4,8 +4,8 @@
     python tests/benchmark/speed.py             # writes results/speed.csv: the scripts beside their peers
     python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
 
-The programs take turns, three times, so that a machine whose speed drifts slows all of them alike; each measurement is a process of
-its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
+The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike;
+each measurement is a process of its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
 all its logging and saving, and does with one thread (a3c: with one for each worker). The peers get one thread, and
 again as many as the machine has cores. They do the same work as the scripts: the same batch, epochs, minibatches,
 network sizes and gradients per step; where the scripts have eight actors the peers have one, as is their default, and
