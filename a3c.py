@@ -48,14 +48,14 @@ Symbols     variable            shape     meaning, with k = t − t_start steps 
     R       returns             (k,)      what followed s_i: rewards to the segment's end, then V
     V       values              (k+1,)    critic's estimate of the return from s_i
     θ, θ_v  shared.theta        (P,)      parameters of policy and value function, a vector in shared memory
-    θ',θ'_v theta               (P,)      the actor-learner's own copy; its gradient holds dθ and dθ_v
+    θ',θ'_v theta               (P,)      the actor-learner's own copy; its gradient holds −dθ and dθ_v
     T, t    shared.T, t                   steps of all actor-learners, and of one
     T_max   total_timesteps
 
 Departures from the slides
     A3C-14    The segment's sums run backwards only for R; the gradients of all i come from one back-propagation.
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
-    A3C-20    stops at T ≥ T_max: a run of a million steps has a million.
+    A3C-20    stops at T ≥ T_max, each actor-learner as its segment ends.
     θ, θ_v    have the layers before the last in common, as the paper's have.
     t_max     is 20 here with a step size of 1e-3; the paper's 5 and 7e-4 suit its 16 actor-learners on Atari.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
@@ -143,7 +143,9 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
 
 
 class Atari(gym.Env):
-    """[DETAIL] An Atari game as the paper sees it: the last 4 frames in 84×84 grey points, an action for every 4."""
+    """[DETAIL] An Atari game as the paper sees it: the last 4 frames in 84×84 grey points, an action for every 4.
+
+    But for v5's sticky actions: with a probability of ¼ the game takes the last action again."""
 
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 15}, "rgb_array"
 
@@ -411,7 +413,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
             with torch.no_grad():
                 action, memory = agent.act(obs[-1].unsqueeze(0), memory, noise[t - t_start])
             # [A3C-9] receive reward r_t and new state s_{t+1}
-            next_obs, reward, terminated, truncated = actor.step(action[0].cpu().numpy())
+            next_obs, reward, terminated, truncated = actor.step(action.cpu().numpy()[0])
             obs.append(torch.from_numpy(np.array(next_obs, np.float32)))
             actions.append(action)
             rewards.append(reward)
@@ -457,7 +459,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
         rmsprop_(shared.theta, shared.square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
-        with shared.T.get_lock():  # what the networks see is in these units from the next segment on
+        with shared.T.get_lock():  # units of what all networks see from now on; others' updates too come at any time
             agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
         losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), entropy.item()]
@@ -475,7 +477,8 @@ METRICS = (
 )
 LOG_STEPS = 1000  # of an actor-learner, over which the losses of a row are averaged
 HANG_SECONDS = 7  # without a step, by which an actor-learner counts as hung
-FIXED = ("env_id", "num_workers", "lstm")  # settings that a resumed run keeps
+VIDEO_SECONDS = 60  # the same for the one that now and then has a video to write
+FIXED = ("env_id", "num_workers", "lstm")  # settings that hold for every use of a checkpoint
 CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
@@ -647,15 +650,18 @@ def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, state:
             device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
             agent = Agent(env.observation_space, env.action_space, args.lstm).to(device)
             torch.manual_seed(seed)
-            actor, memory, losses = Actor(env), state.get("memory"), state.get("losses", [])
+            actor, memory, losses = Actor(env), None, state.get("losses", [])
             if state:
                 actor.reset(state["seed"], state["actions"].numpy())
+                if state["memory"] and len(actor.actions) == len(state["actions"]):  # or a new episode has begun
+                    memory = tuple(part.to(device) for part in state["memory"])
                 torch.set_rng_state(state["rng_state"])
 
             def meet() -> bool:
                 """Sends what the checkpoint needs, waits until it is written; whether to go on"""
                 actions = torch.from_numpy(np.array(actor.actions))
-                pipe.send(("state", {"memory": memory, "losses": losses, "seed": actor.seed, "actions": actions,
+                parts = memory and tuple(part.cpu() for part in memory)
+                pipe.send(("state", {"memory": parts, "losses": losses, "seed": actor.seed, "actions": actions,
                                      "rng_state": torch.get_rng_state()}))
                 return pipe.recv()
 
@@ -682,6 +688,9 @@ class Workers:
         self.shared, self.processes, self.pipes = shared, [], []
         self.seen = list(shared.steps)
         self.idle = [-math.inf] * args.num_workers  # seconds without a step, counted from its first one on
+        self.patience = [HANG_SECONDS] * args.num_workers
+        if args.capture_video:
+            self.patience[0] = VIDEO_SECONDS
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         for n, seed in enumerate(torch.randint(2**62, (args.num_workers,)).tolist()):
             ours, theirs = mp.get_context("spawn").Pipe()
@@ -709,8 +718,8 @@ class Workers:
             if steps != self.seen[n] or n in paused:
                 self.seen[n], self.idle[n] = steps, 0
             self.idle[n] += min(time.monotonic() - begun, 1)  # time that all were stopped for (Ctrl-Z) doesn't count
-            if self.idle[n] > HANG_SECONDS:
-                self.fail(n, f"has taken no step for {HANG_SECONDS} seconds")
+            if self.idle[n] > self.patience[n]:
+                self.fail(n, f"has taken no step for {self.patience[n]} seconds")
 
     def fail(self, n: int, what: str) -> None:
         raise Failure(f"worker {n} {what}")
@@ -725,7 +734,7 @@ class Workers:
     def join(self) -> None:
         """Lets all end by themselves, which takes a while where there is a video to write."""
         for process in self.processes:
-            process.join(60)
+            process.join(VIDEO_SECONDS)
 
     def close(self) -> None:
         for process in self.processes:
@@ -790,7 +799,7 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int
         while not over:
             with torch.no_grad():
                 action, memory = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None], memory)
-            over = any(actor.step(action[0].numpy())[2:])
+            over = any(actor.step(action.numpy()[0])[2:])
         results.append((actor.episodic_return, len(actor.actions)))
         print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
     return results
@@ -852,8 +861,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
-            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
+            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
                 raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)

@@ -332,7 +332,7 @@ METRICS = (
     "losses/qf_values",
 )
 LOG_STEPS = 1000  # over which the losses of a row are averaged
-FIXED = ("env_id", "num_envs", "buffer_size")  # settings that a resumed run keeps
+FIXED = ("env_id", "num_envs", "buffer_size")  # settings that hold for every use of a checkpoint
 CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
@@ -568,8 +568,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int
         actor, over = Actor(env), False
         while not over:
             with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
-            over = any(actor.step(action.numpy())[2:])
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
+            over = any(actor.step(action)[2:])
         results.append((actor.episodic_return, len(actor.actions)))
         print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
     return results
@@ -631,8 +631,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
-            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
+            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
                 raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)

@@ -28,6 +28,7 @@ Symbols     variable            shape     meaning
     r_t     rewards             (T,N)     reward. r_t(θ), the probability ratio, is `ratio`
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
     Â_t     advantages          (T,N)     how much better a_t was than the policy's average action
+    θ       theta               (P,)      parameters of the policy and of the value function, one vector
     γ, λ    gamma, gae_lambda             discount; how far the advantage looks before it trusts V
     ε       clip_coef                     how far from 1 the ratio may move
     K       update_epochs                 passes over the T·N steps of an iteration, by minibatches
@@ -377,7 +378,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
 )
-FIXED = ("env_id", "num_envs")  # settings that a resumed run keeps
+FIXED = ("env_id", "num_envs")  # settings that hold for every use of a checkpoint
 CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
@@ -590,8 +591,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int
         actor, over = Actor(env), False
         while not over:
             with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
-            over = any(actor.step(action.numpy())[2:])
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
+            over = any(actor.step(action)[2:])
         results.append((actor.episodic_return, len(actor.actions)))
         print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
     return results
@@ -656,8 +657,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
-            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
+            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
                 raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)

@@ -12,7 +12,8 @@ than expected.
     python reinforce.py --env-id CartPole-v1 --total-timesteps 200000   # 5 seconds: return about 500
     python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 2 minutes: return about 1700
 
-Slides "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "A2C: 优势Actor-Critic" (Williams 1992; Sutton & Barto, ch. 13)
+Slides "复习：策略梯度定理", "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "复习A2C：优势Actor-Critic"
+(Williams 1992; Sutton & Barto, ch. 13)
 
     PG-SOFTMAX   πθ(a|s) = exp f_θ(s,a) / Σ_a' exp f_θ(s,a')
     PG-LOGGRAD   ∂ log πθ(a|s)/∂θ = ∂f_θ(s,a)/∂θ − E_{a'~πθ}[ ∂f_θ(s,a')/∂θ ]
@@ -41,8 +42,9 @@ Symbols     variable            shape     meaning
 Departures from the slides
     RF-4      θ moves once for N episodes, not at each t: the later steps of an episode are then still samples of the
               policy that the gradient is taken at. α goes through Adam.
-    G_t       of an episode cut by a time limit or the run's end is unknown. With --baseline V(s_T) stands for what is
-              missing. Without, steps that miss more than a share TAIL of their weights, γ^{T−t} > TAIL, don't count.
+    G_t       of an episode cut by a time limit or the run's end is unknown. With --baseline V(s_{T+1}) stands for what
+              is missing. Without, steps that miss more than a share TAIL of their weights, γ^{T−t+1} > TAIL, don't
+              count.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -290,7 +292,7 @@ def returns_to_go(rewards: Tensor, gamma: float, last: float = 0.0) -> Tensor:
 
 
 def missing_share(steps: int, truncated: bool, gamma: float) -> Tensor:
-    """Share γ^{T−t} of weights 1, γ, γ², … in G_t that fall after a cut, 0 if the episode ended by itself;  → (T,)"""
+    """Share γ^{T−t+1} of weights 1, γ, γ², … in G_t that fall after a cut, 0 if the episode ended by itself;  → (T,)"""
     return truncated * gamma ** torch.arange(steps, 0, -1)
 
 
@@ -386,7 +388,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
     "losses/entropy", "losses/explained_variance",
 )
-FIXED = ("env_id", "num_envs")  # settings that a resumed run keeps
+FIXED = ("env_id", "num_envs")  # settings that hold for every use of a checkpoint
 CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
@@ -606,8 +608,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int
         actor, over = Actor(env), False
         while not over:
             with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
-            over = any(actor.step(action.numpy())[2:])
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
+            over = any(actor.step(action)[2:])
         results.append((actor.episodic_return, len(actor.actions)))
         print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
     return results
@@ -667,8 +669,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
-            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
+            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
                 raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)

@@ -99,7 +99,7 @@ class Args:
     minibatch_size: int = 128  # steps per gradient of the value function, or of --solver penalty; divides N·T
     update_epochs: int = 20  # passes over the N·T steps that fit the value function, or of --solver penalty
     gamma: float = 0.99  # γ: discount per step
-    gae_lambda: float = 0.95  # λ of the advantage: 1 is the slide's sum, 0 the one-step TD error
+    gae_lambda: float = 0.95  # λ of the advantage: 1 is the return minus V, 0 the one-step TD error
     cuda: bool = True  # run on the GPU if there is one
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -464,7 +464,7 @@ def update(agent: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimize
                          args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
-        # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
+        # [DETAIL] A of mean 0 varies the gradient less; its variance of 1 makes one --policy-lr fit any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     targets = agent.value_norm(returns)
     x, action, advantage, target = (y.flatten(0, 1) for y in (x, rollout.actions, advantages, targets))
@@ -486,7 +486,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
     "losses/entropy", "losses/kl", "losses/backtracks", "losses/dual", "losses/explained_variance",
 )
-FIXED = ("env_id", "num_envs")  # settings that a resumed run keeps
+FIXED = ("env_id", "num_envs")  # settings that hold for every use of a checkpoint
 CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
 
 
@@ -699,8 +699,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int
         actor, over = Actor(env), False
         while not over:
             with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None])[0]
-            over = any(actor.step(action.numpy())[2:])
+                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
+            over = any(actor.step(action)[2:])
         results.append((actor.episodic_return, len(actor.actions)))
         print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
     return results
@@ -766,8 +766,9 @@ def main() -> None:
             checkpoint = load_checkpoint(path)
             saved = Args(**checkpoint["args"])
             args = parse(saved)
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in FIXED]
-            if any(getattr(args, name) != getattr(saved, name) for name in FIXED):
+            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
+            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
+            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
                 raise Failure(f"{path} has {' '.join(kept)}: leave them so")
         check(args)
         torch.manual_seed(args.seed)

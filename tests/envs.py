@@ -55,6 +55,13 @@ class Echo(Counter):
         return float(action[0])
 
 
+class Keyed(Counter):
+    """Looks an action up in a table."""
+
+    def reward(self, action):
+        return {0: 0.0, 1: 1.0}[action]
+
+
 class Unrepeatable(Counter):
     """No two episodes are the same length, whatever the seed."""
 
@@ -226,7 +233,7 @@ class Spaces(Counter):
 
 
 for env in (
-    Counter, Blind, Echo, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward, InfiniteObservation, Crash,
+    Counter, Blind, Echo, Keyed, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward, InfiniteObservation, Crash,
     CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)

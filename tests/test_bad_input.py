@@ -197,6 +197,7 @@ def test_the_checkpoint_of_another_script_is_told_by_that_scripts_name(main, fol
 @pytest.mark.parametrize("flags, word", [
     ([], "complete"),
     (["--env-id", "CartPole-v1"], "--env-id"),
+    (["--seed", "2"], "--seed"),
     (["--sede", "1"], "--sede"),
     (["--total-timesteps", "more"], "--total-timesteps"),
 ])

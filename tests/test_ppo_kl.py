@@ -202,17 +202,26 @@ def test_an_update_adapts_beta_to_its_kl_unless_told_not_to(space, d_targ, adapt
     assert losses["losses/beta"] == 0.5  # the one that held during the update
 
 
-def test_a_resumed_run_goes_on_with_the_beta_of_the_checkpoint_unless_told_another(tmp_path):
+def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_to_go_on_longer(tmp_path):
     def saved_beta(*flags):
         code, _, err = run(ROOT / "ppo_kl.py", *flags)
         assert (code, complaints(err)) == (0, []), err
         return torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["agent"]["beta"].item()
 
+    def stop_early(iterations):
+        """As if Ctrl-C had ended a run of so many iterations where this one ends"""
+        path = only_run(tmp_path) / "checkpoint.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["args"]["total_timesteps"] = iterations * 128
+        torch.save(checkpoint, path)
+
     tiny = "--num-envs", 2, "--num-steps", 64, "--minibatch-size", 32, "--update-epochs", 1
     flags = "--env-id", "CartPole-v1", "--beta", 4, "--d-targ", 1e3, "--runs-dir", tmp_path
     assert saved_beta(*tiny, *flags, "--total-timesteps", 3 * 128) == 4 / 2**3
-    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 5 * 128) == 4 / 2**5
-    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 6 * 128, "--beta", 8) == 8 / 2
-    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 7 * 128) == 8 / 2**2
+    stop_early(5)
+    assert saved_beta("--resume", only_run(tmp_path)) == 4 / 2**5
+    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 7 * 128) == 4 / 2**2
+    stop_early(8)
+    assert saved_beta("--resume", only_run(tmp_path), "--beta", 8) == 8 / 2
     rows = metrics(only_run(tmp_path))
-    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25, 8, 4]
+    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25, 4, 2, 8]

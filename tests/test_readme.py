@@ -38,7 +38,7 @@ def test_the_slide_table_names_functions_and_identifiers_that_the_scripts_have()
     for scripts, functions in rows:
         for script in re.findall(r"(\w+)\.py", scripts):
             source = (ROOT / f"{script}.py").read_text()
-            assert all(f"def {name}(" in source for name in re.findall(r"`(\w+)`", functions))
+            assert all(re.search(rf"(def|class) {name}[(:]", source) for name in re.findall(r"`(\w+)`", functions))
 
 
 def test_every_identifier_of_every_script_is_in_the_slide_table():

@@ -283,6 +283,18 @@ def test_evaluating_prints_each_episode_and_the_mean_and_changes_nothing(module,
     assert contents(trained) == before
 
 
+def test_a_discrete_action_is_a_number_that_a_table_can_be_asked_for(script, main, tmp_path):
+    skip_unless_suited(script, "CartPole-v1")
+    folder = train(script, tmp_path, "--env-id", "envs:Keyed-v0", "--total-timesteps", 2 * script.batch, main=main)
+    code, _, err = main("--evaluate", folder, "--eval-episodes", 1)
+    assert (code, err) == (0, "")
+
+
+def test_an_evaluation_may_draw_other_episodes_by_another_seed(main, trained):
+    outputs = {main("--evaluate", trained, "--eval-episodes", 2, "--seed", seed) for seed in (1, 2)}
+    assert len(outputs) == 2 and all((code, err) == (0, "") for code, _, err in outputs)
+
+
 # ── The source ──────────────────────────────────────────────────────────────────────────────────────────────
 
 IDENTIFIER = r"[A-Z][A-Z0-9]*(?:-[A-Z0-9]+)+"

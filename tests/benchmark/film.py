@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,11 @@ def film(run: Path) -> Path:
         subprocess.run([*command, "--capture-video"], check=True)
         (video,) = copy.glob("videos/*.mp4")
         fps = imageio.immeta(video)["fps"]
-        frames = imageio.imread(video)[:: round(fps / FPS)][: SECONDS * FPS]
+        every = math.ceil(fps / FPS)
+        frames = imageio.imread(video)[::every][: round(SECONDS * fps / every)]
     half = frames.reshape(len(frames), frames.shape[1] // 2, 2, frames.shape[2] // 2, 2, 3).mean((2, 4)).astype(np.uint8)
-    path = FIGURES / f"{config['args']['env_id']}__{config['script']}.gif"
-    imageio.imwrite(path, half, duration=1000 / FPS, loop=0)
+    path = FIGURES / f"{config['args']['env_id'].replace('/', '-')}__{config['script']}.gif"
+    imageio.imwrite(path, half, duration=1000 * every / fps, loop=0)
     return path
 
 
