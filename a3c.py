@@ -358,7 +358,7 @@ def squared_error(value: Tensor, target: Tensor) -> Tensor:
 
 
 def rmsprop_(theta: Tensor, square_avg: Tensor, grad: Tensor, learning_rate: float, alpha: float, eps: float) -> None:
-    """g ← α g + (1−α) Δθ²;  θ ← θ − η Δθ / sqrt(g + ε) (paper, eq. S2, S3), both in place;   all (P,)"""
+    """g ← α g + (1−α) Δθ²;  θ ← θ − η Δθ / sqrt(g + ε) (paper, eq. 1), both in place;   all (P,)"""
     square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
     theta.addcdiv_(grad, (square_avg + eps).sqrt_(), value=-learning_rate)
 
