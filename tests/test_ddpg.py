@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from stable_baselines3 import DDPG
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 from torch.func import functional_call, jacrev
 
@@ -589,6 +592,34 @@ def test_an_update_mixes_no_tensors_of_two_devices():
     meta, replay = torch.device("meta"), replay_of()
     replay.rows = replay.rows.to(meta)
     assert updated(agent_of().to(meta), replay).losses.device == meta
+
+
+def test_updates_are_those_of_stable_baselines3():
+    """From the same networks, by the same minibatches, to the same networks but for rounding"""
+    class Task(gym.Env):
+        observation_space, action_space = Box(-np.inf, np.inf, (17,)), Box(-1, 1, (6,))
+
+    def minibatch():
+        terminated = (torch.rand(64) < 0.1).float()
+        return torch.randn(64, 17), 2 * torch.rand(64, 6) - 1, torch.randn(64), torch.randn(64, 17), terminated
+
+    networks = {"net_arch": [256, 256]}
+    args, peer = Args(), DDPG("MlpPolicy", Task(), 1e-3, buffer_size=1, policy_kwargs=networks, device="cpu")
+    peer.set_logger(configure(None, []))
+    agent, theirs = new_agent(17, 6), (peer.actor.mu, peer.critic, peer.actor_target.mu, peer.critic_target)
+    vectors = vectors_of(agent)
+    for vector, network in zip(vectors, theirs):
+        vector.data.copy_(flat(network.parameters()))
+    before = [vector.detach().clone() for vector in vectors]
+    optimizers = [torch.optim.Adam([vector], rate) for vector, rate in zip(vectors, (args.actor_lr, args.critic_lr))]
+    for _ in range(10):
+        obs, action, reward, next_obs, terminated = batch = minibatch()
+        samples = ReplayBufferSamples(obs, action, next_obs, terminated[:, None], reward[:, None], None)
+        peer.replay_buffer = SimpleNamespace(sample=lambda *_, **__: samples)
+        peer.train(gradient_steps=1, batch_size=64)
+        update(agent, vectors, *optimizers, SimpleNamespace(sample=lambda size: batch), args)
+    for vector, network, start in zip(vectors, theirs, before):
+        assert (vector - flat(network.parameters())).norm() < 1e-3 * (vector - start).norm()
 
 
 # ── Learning ────────────────────────────────────────────────────────────────────────────────────────────────
