@@ -15,10 +15,11 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).parent / "figures"
-SECONDS, FPS = 6, 25
+SECONDS, FPS = 4, 25
 
 
 def film(run: Path) -> Path:
@@ -33,7 +34,8 @@ def film(run: Path) -> Path:
         frames = imageio.imread(video)[::every][: round(SECONDS * fps / every)]
     half = frames.reshape(len(frames), frames.shape[1] // 2, 2, frames.shape[2] // 2, 2, 3).mean((2, 4)).astype(np.uint8)
     path = FIGURES / f"{config['args']['env_id'].replace('/', '-')}__{config['script']}.gif"
-    imageio.imwrite(path, half, duration=1000 * every / fps, loop=0)
+    first, *others = (Image.fromarray(frame).quantize(32, dither=Image.Dither.NONE) for frame in half)
+    first.save(path, save_all=True, append_images=others, duration=1000 * every / fps, loop=0)
     return path
 
 
