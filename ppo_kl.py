@@ -583,10 +583,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
             raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        # A resumed run goes on with its own β, unless told another, or to go on longer: its steps are then large again.
-        resumed = all(getattr(args, name) == checkpoint["args"][name] for name in ("beta", "total_timesteps"))
-    if not checkpoint or not resumed:
-        agent.beta.fill_(args.beta)
+    kept = checkpoint and all(getattr(args, name) == checkpoint["args"][name] for name in ("beta", "total_timesteps"))
+    agent.beta.fill_(agent.beta if kept else args.beta)  # made longer, a run begins anew: its steps are large again
     with Run(args, checkpoint) as run:
         if args.capture_video:
             envs[0] = record(envs[0], run.folder, f"step-{step}")
