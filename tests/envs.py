@@ -233,8 +233,8 @@ class Spaces(Counter):
 
 
 for env in (
-    Counter, Blind, Echo, Keyed, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward, InfiniteObservation, Crash,
-    CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
+    Counter, Blind, Echo, Keyed, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward,
+    InfiniteObservation, Crash, CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Endless-v0", Endless, max_episode_steps=1_000_000)

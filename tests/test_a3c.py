@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -688,6 +689,39 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_in_one_line(begun, n, number, 
     os.kill(workers[n], number)
     code, (line,) = end_of(process, seconds)
     assert code == 2 and line.startswith(f"error: worker {n} {what}")
+
+
+@pytest.mark.parametrize("n, seconds, hung", [
+    (0, a3c.HANG_SECONDS, False), (0, a3c.VIDEO_SECONDS, True), (1, a3c.HANG_SECONDS, True),
+])
+def test_the_worker_that_writes_videos_may_take_longer(n, seconds, hung, monkeypatch, tmp_path):
+    process = SimpleNamespace(start=lambda: None, is_alive=lambda: True, sentinel=None)
+    pipe = SimpleNamespace(poll=lambda: False, close=lambda: None)
+    context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
+    monkeypatch.setattr(a3c.mp, "get_context", lambda _: context)
+    monkeypatch.setattr(a3c, "wait", lambda *_, **__: None)
+    args = Args(num_workers=2, capture_video=True)
+    workers = a3c.Workers(args, SimpleNamespace(steps=[9, 9]), [{}, {}], tmp_path)
+    workers.idle = [0, 0]
+    workers.idle[n] = seconds + 0.5
+    with pytest.raises(a3c.Failure, match=f"worker {n} has taken no step") if hung else contextlib.nullcontext():
+        list(workers.messages(paused=()))
+
+
+@pytest.mark.parametrize("steps, kept", [(3, True), (95, False)], ids=["repeated", "another"])
+def test_a_memory_is_resumed_with_its_episode_and_not_with_another(steps, kept, handlers, monkeypatch, tmp_path):
+    def spy(n, agent, actor, memory, shared, args):
+        seen.append((memory, len(actor.actions)))
+        return iter(())
+
+    seen, memory = [], (torch.rand(1, 64), torch.rand(1, 64))
+    monkeypatch.setattr(a3c, "actor_learner", spy)
+    actions = torch.zeros(steps, dtype=torch.int64)  # of an environment whose episodes are ever shorter than 95
+    state = {"memory": memory, "losses": [], "seed": 1, "actions": actions, "rng_state": torch.get_rng_state()}
+    a3c.work(0, Args("envs:Unrepeatable-v0", num_workers=1, lstm=True), None, None, 1, state, tmp_path)
+    ((resumed, taken),) = seen
+    assert taken == (steps if kept else 0)
+    assert all(map(torch.equal, resumed, memory)) if kept else resumed is None
 
 
 @PROC

@@ -14,8 +14,8 @@ OWN = {
              "check", "train"},
     "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Agent.__init__", "softmax_log_prob",
                   "collect", "update", "check", "train"},
-    "trpo": {"Args.num_steps", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs", "Agent.__init__", "Agent.kl", "gae", "collect",
-             "update", "check", "train"},
+    "trpo": {"Args.num_steps", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs", "Agent.__init__", "Agent.kl",
+             "gae", "collect", "update", "check", "train"},
     "ppo_clip": {"update", "check", "train"},
     "ppo_kl": {"Agent.__init__", "Agent.kl", "update", "check", "train"},
 }
