@@ -668,6 +668,16 @@ def begun(launch, tmp_path):
     return process, workers_of(process)
 
 
+def is_running(pid):
+    """Whether a process uses the processor during a fifth of a second"""
+    def ticks():
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+    before = ticks()
+    time.sleep(0.2)
+    return ticks() > before
+
+
 def end_of(process, seconds):
     """Exit code, complaints; the whole session ends within some seconds"""
     began = time.monotonic()
@@ -687,6 +697,10 @@ def end_of(process, seconds):
 def test_a_worker_that_dies_or_hangs_ends_the_run_in_one_line(begun, n, number, what, seconds):
     process, workers = begun
     os.kill(workers[n], number)
+    while number == signal.SIGSTOP and not is_running(workers[1 - n]):  # it waits for a lock that the other holds
+        os.kill(workers[n], signal.SIGCONT)
+        time.sleep(0.01)
+        os.kill(workers[n], number)
     code, (line,) = end_of(process, seconds)
     assert code == 2 and line.startswith(f"error: worker {n} {what}")
 
