@@ -10,8 +10,8 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from stable_baselines3 import DDPG
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
 from torch import nn
 from torch.func import functional_call, jacrev
 
@@ -19,7 +19,7 @@ from ddpg import (
     Actor, Agent, Args, Replay, action_gradient, as_vector, collect, critic_loss, make_env, ornstein_uhlenbeck,
     soft_update, td_target, update,
 )
-from helpers import ROOT, run
+from helpers import ROOT, only_run, run
 from oracles import assert_same, flat, gradient
 
 CPU = torch.device("cpu")
@@ -594,32 +594,48 @@ def test_an_update_mixes_no_tensors_of_two_devices():
     assert updated(agent_of().to(meta), replay).losses.device == meta
 
 
-def test_updates_are_those_of_stable_baselines3():
-    """From the same networks, by the same minibatches, to the same networks but for rounding"""
-    class Task(gym.Env):
-        observation_space, action_space = Box(-np.inf, np.inf, (17,)), Box(-1, 1, (6,))
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])  # episodes that fall, bounds other than ±1
+def test_a_whole_run_is_that_of_stable_baselines3(env_id, tmp_path):
+    """Driven by the same random numbers, in the order in which the script draws them, it meets the same transitions and
+    comes to the same networks, but for rounding."""
+    starts, steps, seed = 300, 360, 1
+    settings = {"env-id": env_id, "seed": seed, "total-timesteps": steps, "learning-starts": starts, "runs-dir": tmp_path}
+    code, _, err = run(ROOT / "ddpg.py", *(f"--{name}={value}" for name, value in settings.items()))
+    assert code == 0, err
+    ours = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
 
-    def minibatch():
-        terminated = (torch.rand(64) < 0.1).float()
-        return torch.randn(64, 17), 2 * torch.rand(64, 6) - 1, torch.randn(64), torch.randn(64, 17), terminated
+    class Seeded(gym.Wrapper):
+        def reset(self, **_):
+            return self.env.reset(seed=torch.randint(2**31, (), generator=numbers).item())
 
-    networks = {"net_arch": [256, 256]}
-    args, peer = Args(), DDPG("MlpPolicy", Task(), 1e-3, buffer_size=1, policy_kwargs=networks, device="cpu")
-    peer.set_logger(configure(None, []))
-    agent, theirs = new_agent(17, 6), (peer.actor.mu, peer.critic, peer.actor_target.mu, peer.critic_target)
-    vectors = vectors_of(agent)
-    for vector, network in zip(vectors, theirs):
-        vector.data.copy_(flat(network.parameters()))
-    before = [vector.detach().clone() for vector in vectors]
-    optimizers = [torch.optim.Adam([vector], rate) for vector, rate in zip(vectors, (args.actor_lr, args.critic_lr))]
-    for _ in range(10):
-        obs, action, reward, next_obs, terminated = batch = minibatch()
-        samples = ReplayBufferSamples(obs, action, next_obs, terminated[:, None], reward[:, None], None)
-        peer.replay_buffer = SimpleNamespace(sample=lambda *_, **__: samples)
-        peer.train(gradient_steps=1, batch_size=64)
-        update(agent, vectors, *optimizers, SimpleNamespace(sample=lambda size: batch), args)
-    for vector, network, start in zip(vectors, theirs, before):
-        assert (vector - flat(network.parameters())).norm() < 1e-3 * (vector - start).norm()
+    class Buffer(ReplayBuffer):
+        def sample(self, batch_size, env=None):
+            return self._get_samples(torch.randint(self.size(), (batch_size,), generator=numbers).numpy())
+
+    class Noise(ActionNoise):
+        def __call__(self):  # stable-baselines3 asks for it when it acts at random, too
+            return 0.1 * torch.randn(1, A, generator=numbers).numpy() if peer.num_timesteps >= starts else np.zeros((1, A))
+
+    peer = DDPG("MlpPolicy", Seeded(gym.make(env_id)), 1e-3, 1000, starts, 64, 0.005, train_freq=1, action_noise=Noise(),
+                replay_buffer_class=Buffer, policy_kwargs={"net_arch": [256, 256]}, device="cpu")
+    A, half = peer.action_space.shape[0], peer.action_space.high
+    peer.action_space.sample = lambda: (torch.rand(A, generator=numbers) * 2 - 1).numpy() * half
+    torch.manual_seed(seed)
+    agent = new_agent(peer.observation_space.shape[0], A)
+    numbers = torch.Generator().set_state(torch.get_rng_state())  # its own, as stable-baselines3 draws some that it wastes
+    networks = agent.actor, agent.critic, agent.target_actor, agent.target_critic
+    ends = peer.actor.mu, peer.critic, peer.actor_target.mu, peer.critic_target
+    begun = [theta(network) for network in networks]
+    for end, start in zip(ends, begun):
+        as_vector(end.parameters()).data.copy_(start)
+    peer.learn(steps)
+
+    met, terminated = peer.replay_buffer, peer.replay_buffer.dones * (1 - peer.replay_buffer.timeouts)
+    columns = met.observations, met.actions, met.rewards[..., None], met.next_observations, terminated[..., None]
+    assert ours["replay"].numpy() == pytest.approx(np.concatenate(columns, -1)[:steps, 0], abs=1e-4)
+    agent.load_state_dict(ours["agent"])
+    for network, end, start in zip(networks, ends, begun):
+        assert (theta(network) - theta(end)).norm() < 1e-3 * (theta(end) - start).norm()
 
 
 # ── Learning ────────────────────────────────────────────────────────────────────────────────────────────────
