@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """TRPO: each update goes as far as a trust region, an expected KL of ε, lets it.
 
-    python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2500
+    python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 20 seconds: return about 500
 
 Slides 信任区域策略优化 TRPO: "忽略状态分布的差异", "约束策略的变化" (Schulman et al. 2015, arXiv:1502.05477)
