@@ -59,7 +59,7 @@ SCRIPTS = [
         "a3c",
         tiny=("--num-workers", "1", "--t-max", "16"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "150000", "--num-workers", "2")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "300000", "--num-workers", "2")),
         actors="num-workers",
         whole_episodes=True,
         row_per_batch=False,
