@@ -204,7 +204,7 @@ class Agent(nn.Module):
         # [RF-1] initialise θ arbitrarily
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] σ, the same in every state, begins at 0.6: with 1 a third of the actions would be beyond their bounds ±1.
+        # [DETAIL] σ, the same in every state, begins at 0.6: at 1 a third of the actions would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:

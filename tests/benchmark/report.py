@@ -133,7 +133,7 @@ def ppo_table(environments: bool = True) -> str:
         rows.append((objective, f"{lecture:.2f}", *cells))
     header = "| objective | lecture | ours: mean (95% interval) | interquartile mean |"
     if environments:
-        header += " ".join(f" {env_id.removesuffix('-v4')} |" for env_id in PPO_ENV_IDS) + " commit |"
+        header += "".join(f" {env_id.removesuffix('-v4')} |" for env_id in PPO_ENV_IDS) + " commit |"
     return table(header, rows)
 
 
