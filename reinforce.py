@@ -320,7 +320,8 @@ def collect(agent: Agent, actors: list[Actor], device: torch.device, limit: floa
             last_obs, reward, terminated, truncated = actors[n].step(a)
             steps[n].append((s, a, np.float32(reward)))
             if terminated or truncated:
-                ends[n] = np.float32(last_obs), truncated and not terminated, (actors[n].episodic_return, len(actors[n].actions))
+                result = actors[n].episodic_return, len(actors[n].actions)
+                ends[n] = np.float32(last_obs), truncated and not terminated, result
                 actors[n].reset()
                 running.remove(n)
     for n in running:
