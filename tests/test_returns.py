@@ -1,5 +1,6 @@
 """The grid of benchmarks: each cell once, whatever happens to what trains it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
+import returns  # noqa: E402
 
 GRID = """name,script,env_ids,seeds,flags,minutes
 short,reinforce,CartPole-v1,1 2,--total-timesteps 3000,
@@ -96,3 +100,16 @@ def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expecte
     assert grid.wait(300) == 0, (tmp_path / "log").read_text()
     assert results(tmp_path) == results(expected)
     assert "error: --gamma" in (tmp_path / "work/wrong/CartPole-v1/1/log").read_text()
+
+
+@pytest.mark.parametrize("text, counts", [
+    ("error: the numbers of step 2048 aren't finite: lower the learning rate; runs/x is as last saved", True),
+    ("error: runs/x is complete at step 2048: go on with a larger --total-timesteps", True),
+    ("error: the environment failed in line 3 of cartpole.py: ValueError: x", False),
+])
+def test_a_run_that_diverged_or_is_complete_counts_and_one_that_failed_does_not(text, counts, tmp_path):
+    command = [sys.executable, "-c", f"import sys; print({text!r}, file=sys.stderr); sys.exit(2)"]
+    with (tmp_path / "lock").open("w") as lock, (tmp_path / "log").open("w") as log:
+        with contextlib.nullcontext() if counts else pytest.raises(subprocess.CalledProcessError):
+            returns.train(command, None, tmp_path, lock, log)
+    assert (tmp_path / "log").read_text().strip() == text

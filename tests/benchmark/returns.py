@@ -8,7 +8,8 @@ A cell is a name (of its row in grid.csv), an environment and a seed. Its result
 episode in training, under one line of comment with the command, commit and versions, and the mean return of 100
 episodes of the trained agent without exploration (`--evaluate`). What a cell was doing when it was
 stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
-its runs are interrupted (Ctrl-C) after as many.
+its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
+then and its last checkpoint.
 
 On a Ray cluster, --work is a folder of each machine, or better one that all of them share: a cell whose machine is lost
 is begun anew where another finds nothing of it, and gone on with otherwise. Only this process writes results.
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")
 RETRIES = 5  # of a cell whose Ray worker dies
+ENDS = "is complete at step", "aren't finite"  # stopped between training and evaluation; diverged
 
 
 class Cell(NamedTuple):
@@ -84,7 +86,8 @@ def train(command: list[str], minutes: float | None, root: Path, lock: IO[str], 
         process.send_signal(signal.SIGINT)
         status = 0 if process.wait() == 130 else process.returncode
     log.flush()
-    if status and "is complete at step" not in Path(log.name).read_text():  # stopped between training and evaluation
+    told = Path(log.name).read_text()
+    if status and not any(end in told for end in ENDS):
         raise subprocess.CalledProcessError(status, command)
 
 
