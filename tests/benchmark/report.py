@@ -5,11 +5,10 @@
 """
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -64,19 +63,19 @@ class Run(NamedTuple):
         return np.convolve(self.returns, np.ones(100) / 100, "valid")
 
 
-def read(path: Path) -> tuple[dict, list[dict[str, str]]]:
-    """What made a file of results, and its rows."""
-    comment, _, rows = path.read_text().partition("\n")
-    return json.loads(comment.removeprefix("# ")), list(csv.DictReader(io.StringIO(rows)))
+def about(path: Path) -> dict:
+    """What made a file of results: its first line, a comment"""
+    with path.open() as lines:
+        return json.loads(next(lines).removeprefix("# "))
 
 
+@cache
 def runs(name: str, env_id: str) -> list[Run]:
     """A run for each seed that is done"""
     found = []
     for path in sorted((RESULTS / name / env_id.replace("/", "-")).glob("*.csv")):
-        about, rows = read(path)
-        columns = zip(*((int(row["global_step"]), float(row["episodic_return"])) for row in rows))
-        found.append(Run(about, *map(np.array, columns)))
+        columns = np.loadtxt(path, delimiter=",", skiprows=2, usecols=(0, 1), unpack=True, ndmin=2)
+        found.append(Run(about(path), *columns))
     return found
 
 
@@ -184,7 +183,7 @@ def solved_table() -> str:
     for path in sorted(RESULTS.glob("*/CartPole-v1")):
         trained = runs(path.parent.name, path.name)
         reached = [run.steps[99:][run.means >= 475] for run in trained]
-        rows.append((path.parent.name, " ".join(f"{steps[0]}" if len(steps) else "never" for steps in reached),
+        rows.append((path.parent.name, " ".join(f"{steps[0]:.0f}" if len(steps) else "never" for steps in reached),
                      commits(trained)))
     return table("| run | steps, seeds 1, 2, … | commit |", rows)
 
@@ -194,7 +193,8 @@ def solved_table() -> str:
 def measurements(name: str) -> dict[tuple[str, str, str], list[tuple[int, int]]]:
     """(environment, program, threads) → (steps per second, megabytes) of every repeat"""
     measured: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for row in read(RESULTS / f"{name}.csv")[1]:
+    _, *lines = (RESULTS / f"{name}.csv").read_text().splitlines()
+    for row in csv.DictReader(lines):
         cell = row["env_id"], row["program"], row["threads"]
         measured.setdefault(cell, []).append((int(row["steps_per_second"]), int(row["peak_mb"])))
     return measured
