@@ -104,6 +104,7 @@ def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expecte
 
 @pytest.mark.parametrize("text, counts", [
     ("error: the numbers of step 2048 aren't finite: lower the learning rate; runs/x is as last saved", True),
+    ("error: worker 1 failed: its gradient isn't finite: lower --learning-rate; runs/x is as last saved", True),
     ("error: runs/x is complete at step 2048: go on with a larger --total-timesteps", True),
     ("error: the environment failed in line 3 of cartpole.py: ValueError: x", False),
 ])
