@@ -22,7 +22,7 @@ class Script:
     batch: int
     learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
     last: int = 100  # how many returns that is a mean of
-    steps: int = 6000  # of a run that takes seconds, so that it can be interrupted
+    steps: int = 4000  # of a run that takes seconds, so that it can be interrupted
     actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
     row_per_batch: bool = True  # of losses
@@ -59,7 +59,7 @@ SCRIPTS = [
         "a3c",
         tiny=("--num-workers", "1", "--t-max", "16"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "300000", "--num-workers", "2")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "150000", "--num-workers", "2")),
         actors="num-workers",
         whole_episodes=True,
         row_per_batch=False,
@@ -68,9 +68,9 @@ SCRIPTS = [
         "ddpg",
         tiny=("--learning-starts", "64", "--batch-size", "16"),
         batch=128,
-        learns=("Pendulum-v1", -300, ("--total-timesteps", "10000", "--learning-starts", "1000")),
+        learns=("Pendulum-v1", -300, ("--total-timesteps", "8000", "--learning-starts", "500")),
         last=20,
-        steps=3000,
+        steps=1200,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),
@@ -78,19 +78,19 @@ SCRIPTS = [
         "trpo",
         tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "100000")),
     ),
     Script(
         "ppo_clip",
         tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "80000")),
     ),
     Script(
         "ppo_kl",
         tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
         batch=128,
-        learns=("CartPole-v1", 475, ("--total-timesteps", "150000")),
+        learns=("CartPole-v1", 475, ("--total-timesteps", "100000")),
     ),
 ]
 

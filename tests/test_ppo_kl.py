@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import ppo_clip
 import ppo_kl
-from helpers import ROOT, complaints, metrics, only_run, run
+from helpers import ROOT, SCRIPTS, complaints, metrics, only_run
 from oracles import agent_of, assert_same, frozen, policy
 from ppo_kl import (
     Args, Rollout, adapted_beta, as_vector, gaussian_kl, penalized_surrogate, softmax_kl, update,
@@ -202,9 +202,10 @@ def test_an_update_adapts_beta_to_its_kl_unless_told_not_to(space, d_targ, adapt
     assert losses["losses/beta"] == 0.5  # the one that held during the update
 
 
-def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_to_go_on_longer(tmp_path):
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name == "ppo_kl"], indirect=True)
+def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_to_go_on_longer(script, main, tmp_path):
     def saved_beta(*flags):
-        code, _, err = run(ROOT / "ppo_kl.py", *flags)
+        code, _, err = main(*flags)
         assert (code, complaints(err)) == (0, []), err
         return torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["agent"]["beta"].item()
 

@@ -16,11 +16,11 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
 import returns  # noqa: E402
 
 GRID = """name,script,env_ids,seeds,flags,minutes
-short,reinforce,CartPole-v1,1 2,--total-timesteps 3000,
-long,ppo_clip,CartPole-v1,1 2,--total-timesteps 30720,
+short,reinforce,CartPole-v1,1,--total-timesteps 3000,
+long,ppo_clip,CartPole-v1,1 2,--total-timesteps 10240,
 wrong,reinforce,CartPole-v1,1,--gamma 2,
 """
-CELLS = "short/CartPole-v1/1", "short/CartPole-v1/2", "long/CartPole-v1/1", "long/CartPole-v1/2"
+CELLS = "short/CartPole-v1/1", "long/CartPole-v1/1", "long/CartPole-v1/2"
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:

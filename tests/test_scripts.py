@@ -93,9 +93,9 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(script, ma
     assert metrics(again) == metrics(whole) != metrics(other)
 
 
-def test_a_task_is_learned(script, tmp_path):
+def test_a_task_is_learned(script, main, tmp_path):
     env_id, threshold, flags = script.learns
-    code, _, err = run(script.path, "--env-id", env_id, "--runs-dir", tmp_path, *flags)
+    code, _, err = main("--env-id", env_id, "--runs-dir", tmp_path, *flags)
     assert code == 0, err
     returns = column(only_run(tmp_path), "charts/episodic_return")
     assert len(returns) >= script.last and np.mean(returns[-script.last:]) >= threshold
