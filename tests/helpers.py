@@ -70,7 +70,7 @@ SCRIPTS = [
         batch=128,
         learns=("Pendulum-v1", -300, ("--total-timesteps", "8000", "--learning-starts", "500")),
         last=20,
-        steps=1200,
+        steps=1800,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),

@@ -135,11 +135,16 @@ def test_a_wrong_flag_is_named_and_nothing_is_written(script, main, runs, flags,
     assert out == "" and contents(runs.parent) == {} and list(runs.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags, word", [
+PROCESS = 2 * [
     (["--sede", "1"], "--sede"),
     (["--env-id", "envs:Crash-v0"], "the simulator isn't there"),
     (["--env-id", "Hopper-v5", "--capture-video"], "MUJOCO_GL"),
-])
+]
+
+
+@pytest.mark.parametrize("script, flags, word", [
+    pytest.param(script, *case, id=script.name) for script, case in zip(SCRIPTS, PROCESS, strict=True)
+], indirect=["script"])
 def test_a_process_too_ends_in_one_line(script, runs, flags, word):
     no_graphics = environment(MUJOCO_GL="off")
     code, out, err = run(script.path, *script.tiny, *flags, cwd=runs.parent, env=no_graphics)

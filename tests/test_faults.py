@@ -3,6 +3,7 @@
 import resource
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,18 +71,6 @@ def test_a_run_whose_folder_is_moved_away_ends_in_one_line_and_goes_on_there(scr
     assert_goes_on_as(only_run(there), whole, main)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_closes_its_environments(script, tmp_path, number):
-    closed = tmp_path / "closed"
-    closed.mkdir()
-    process = begin(script, tmp_path / "runs", "--env-id", "envs:Closing-v0", CLOSED=str(closed))
-    process.send_signal(number)
-    code, _, err = finish(process)
-    assert (code, complaints(err)) == (128 + number, [])
-    opened = 2  # two actors; or a worker, and the environment that was tried before
-    assert len([*closed.iterdir()]) == (1 if script.name == "ddpg" else opened)
-
-
 def test_ctrl_c_ends_an_evaluation_without_a_word(script, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     before = contents(folder)
@@ -92,12 +81,12 @@ def test_ctrl_c_ends_an_evaluation_without_a_word(script, trained, tmp_path):
     assert (code, err) == (130, "") and contents(folder) == before
 
 
-def test_two_runs_that_start_in_the_same_second_have_a_folder_each(script, tmp_path):
-    flags = *script.tiny, "--env-id", "envs:Endless-v0", "--total-timesteps", script.batch, "--runs-dir", tmp_path
-    ends = [finish(process) for process in [start(script.path, *flags) for _ in range(2)]]
-    assert [code for code, *_ in ends] == [0, 0] and len([*tmp_path.iterdir()]) == 2
-    first, second = tmp_path.iterdir()
-    assert metrics(first) == metrics(second)
+def test_two_runs_that_start_in_the_same_second_have_a_folder_each(module, monkeypatch, tmp_path):
+    clock = iter([7.1, 7.2, 7.9, 8.1])
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: next(clock), sleep=lambda _: None))
+    first, second = (module.new_folder(module.Args(env_id="a/b", runs_dir=str(tmp_path))) for _ in range(2))
+    names = [f"a-b__{module.SCRIPT}__1__{second}" for second in (7, 8)]
+    assert [first, second] == [tmp_path / name for name in names] == sorted(tmp_path.iterdir())
 
 
 def test_a_simulator_that_does_not_repeat_itself_costs_its_running_episodes_and_no_more(script, main, tmp_path):
@@ -150,9 +139,9 @@ def test_an_extreme_that_is_allowed_works(script, main, tmp_path, env_id, flags)
 
 # ── Warnings ────────────────────────────────────────────────────────────────────────────────────────────────
 
-def test_a_warning_that_a_user_can_do_something_about_is_shown(script, tmp_path):
-    code, _, err = run(script.path, *script.tiny, "--env-id", "envs:Warning-v0", "--total-timesteps", script.batch,
-                       "--runs-dir", tmp_path)
+def test_a_warning_that_a_user_can_do_something_about_is_shown(script, main, tmp_path):
+    flags = "--env-id", "envs:Warning-v0", "--total-timesteps", script.batch, "--runs-dir", tmp_path
+    code, _, err = main(*script.tiny, *flags)
     assert code == 0 and "UserWarning: the joints need oil" in err
 
 

@@ -32,11 +32,11 @@ def train(script, runs_dir, *flags, main=None):
     return only_run(runs_dir)
 
 
-def interrupt(script, runs_dir, *flags, number=signal.SIGINT):
+def interrupt(script, runs_dir, *flags, number=signal.SIGINT, **variables):
     """A run's folder after it was asked to stop in the midst of it, and the exit code"""
-    process = start(script.path, *script.tiny, "--runs-dir", runs_dir, *flags)
+    process = start(script.path, *script.tiny, "--runs-dir", runs_dir, *flags, env=environment(**variables))
     wait_for(lambda: list(runs_dir.glob("*/metrics.csv")), process)
-    wait_for(lambda: iterations(only_run(runs_dir)) >= 2, process)
+    wait_for(lambda: iterations(only_run(runs_dir)), process)
     process.send_signal(number)
     code, out, err = finish(process)
     assert complaints(err) == [] and "stopped early" in out
@@ -155,11 +155,16 @@ def test_ctrl_c_saves_and_exits_with_130(script, stopped):
     assert_saved_in_the_midst(script, folder)
 
 
-def test_sigterm_saves_and_exits_with_143(script, tmp_path):
-    flags = "--env-id", "Pendulum-v1", "--total-timesteps", script.steps
-    folder, code = interrupt(script, tmp_path, *flags, number=signal.SIGTERM)
-    assert code == 143
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_and_closes_its_environments(script, tmp_path, number):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    flags = "--env-id", "envs:Closing-v0", "--total-timesteps", script.steps
+    folder, code = interrupt(script, tmp_path / "runs", *flags, number=number, CLOSED=str(closed))
+    assert code == 128 + number
     assert_saved_in_the_midst(script, folder)
+    opened = 2  # two actors; or a worker, and the environment that was tried before
+    assert len([*closed.iterdir()]) == (1 if script.name == "ddpg" else opened)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_iterations_end(script, tmp_path):
