@@ -17,7 +17,7 @@ import returns  # noqa: E402
 
 GRID = """name,script,env_ids,seeds,flags,minutes
 short,reinforce,CartPole-v1,1,--total-timesteps 3000,
-long,ppo_clip,CartPole-v1,1 2,--total-timesteps 10240,
+long,ppo_clip,CartPole-v1,1 2,--total-timesteps 10240 --update-epochs 1,
 wrong,reinforce,CartPole-v1,1,--gamma 2,
 """
 CELLS = "short/CartPole-v1/1", "long/CartPole-v1/1", "long/CartPole-v1/2"
