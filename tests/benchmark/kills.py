@@ -33,7 +33,7 @@ def outcome(folder: Path) -> tuple[list, dict]:
 def trial(script: Script, seed: int) -> list[tuple]:
     """The rows of one run"""
     with tempfile.TemporaryDirectory() as left_alone, tempfile.TemporaryDirectory() as killed:
-        flags = *script.tiny, "--env-id", "Hopper-v4", "--total-timesteps", 10 * script.steps, "--seed", seed
+        flags = *script.tiny, "--env-id", "Hopper-v4", "--total-timesteps", 15 * script.steps, "--seed", seed
         code, _, err = run(script.path, *flags, "--runs-dir", left_alone)
         assert code == 0, err
         deaths = [kill(script, Path(killed), *flags, "--runs-dir", killed, seed=KILLS * seed)]
