@@ -18,11 +18,11 @@ class Death(NamedTuple):
     lost: int  # rows of metrics.csv that came after it
 
 
-def hurried(script: Script, *flags, **variables: str) -> subprocess.Popen:
+def hurried(script: Script, *flags) -> subprocess.Popen:
     """A run that saves every SECONDS."""
     code = f"import {script.name} as script; script.CHECKPOINT_SECONDS = {SECONDS}; script.main()"
     tests = script.path.parent / "tests"
-    return start("-c", code, *flags, env=environment(PYTHONPATH=f"{tests.parent}:{tests}", **variables))
+    return start("-c", code, *flags, env=environment(PYTHONPATH=f"{tests.parent}:{tests}"))
 
 
 def last_save(runs_dir: Path) -> float:

@@ -135,7 +135,7 @@ def test_a_wrong_flag_is_named_and_nothing_is_written(script, main, runs, flags,
     assert out == "" and contents(runs.parent) == {} and list(runs.iterdir()) == []
 
 
-PROCESS = 2 * [
+PROCESS = 2 * [  # each for two scripts; that all of them end so is seen without a process of their own
     (["--sede", "1"], "--sede"),
     (["--env-id", "envs:Crash-v0"], "the simulator isn't there"),
     (["--env-id", "Hopper-v5", "--capture-video"], "MUJOCO_GL"),

@@ -50,9 +50,9 @@ def test_a_run_that_is_killed_twice_goes_on_as_if_it_had_not_been(script, main, 
     assert_goes_on_as(only_run(tmp_path), whole, main)
 
 
-def begin(script, runs, *task, **variables):
+def begin(script, runs):
     """A run that has saved"""
-    process = hurried(script, *script.tiny, *(task or task_of(script)), "--runs-dir", runs, **variables)
+    process = hurried(script, *script.tiny, *task_of(script), "--runs-dir", runs)
     wait_for(lambda: last_save(runs), process)
     return process
 
@@ -90,7 +90,7 @@ def test_two_runs_that_start_in_the_same_second_have_a_folder_each(module, monke
     clock = iter([7.1, 7.2, 7.9, 8.1])
     monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: next(clock), sleep=lambda _: None))
     first, second = (module.new_folder(module.Args(env_id="a/b", runs_dir=str(tmp_path))) for _ in range(2))
-    names = [f"a-b__{module.SCRIPT}__1__{second}" for second in (7, 8)]
+    names = [f"a-b__{module.SCRIPT}__1__{time}" for time in (7, 8)]
     assert [first, second] == [tmp_path / name for name in names] == sorted(tmp_path.iterdir())
 
 
