@@ -3,6 +3,7 @@
     pip install -r tests/benchmark/requirements.txt
     python tests/benchmark/speed.py             # writes results/speed.csv: the scripts beside their peers
     python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
+    python tests/benchmark/speed.py --cuda      # writes results/cuda.csv: the scripts on the CPU and on the GPU
 
 The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike;
 each measurement is a process of its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
@@ -55,6 +56,12 @@ GROWTH = [
     *((f"a3c --num-workers {n}", 1, 60_000 * min(n, CORES)) for n in (1, 2, 4)),
     ("ddpg --learning-starts 990000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
 ]  # fmt: skip
+CUDA = [
+    (f"{program} {device}", 1, steps) for program, steps in (
+        ("ppo_clip", 12 * 2048), ("ppo_kl", 12 * 2048), ("trpo", 12 * 2048), ("a3c --num-workers 2", 20_000),
+        ("reinforce", 20_000), ("ddpg --learning-starts 1000", 4000))
+    for device in ("--no-cuda", "--cuda")
+]  # fmt: skip
 
 
 def rate(times: list[tuple[int, float]]) -> float:
@@ -83,8 +90,8 @@ def script(program: str, env_id: str, steps: int) -> float:
     """A whole run from the command line, with its logging and saving; its metrics tell the time."""
     name, *flags = program.split()
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, f"{name}.py", "--env-id", env_id, "--total-timesteps", str(steps), "--no-cuda"]
-        subprocess.run([*command, *flags, "--runs-dir", runs], cwd=ROOT, check=True, capture_output=True)
+        command = [sys.executable, f"{name}.py", "--env-id", env_id, "--total-timesteps", str(steps)]
+        subprocess.run([*command, "--no-cuda", *flags, "--runs-dir", runs], cwd=ROOT, check=True, capture_output=True)
         (metrics,) = Path(runs).glob("*/metrics.csv")
         rows = [(int(row["global_step"]), row["charts/SPS"]) for row in csv.DictReader(metrics.open())]
     return rate([(step, step / float(sps)) for step, sps in rows if sps and float(sps)])
@@ -134,24 +141,35 @@ def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
 
 
 def suits(program: str, env_id: str) -> bool:
+    if env_id == "ALE/Pong-v5":
+        return program.startswith("a3c")
     return env_id != "CartPole-v1" or "ddpg" not in program.lower()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--growth", action="store_true", help="measure the scripts by their number of actors")
+    parser.add_argument("--cuda", action="store_true", help="measure the scripts on the CPU and on the GPU")
     parser.add_argument("--measure", nargs=3, metavar=("PROGRAM", "ENV_ID", "STEPS"), help="one measurement, to stdout")
     args = parser.parse_args()
     if args.measure:
         program, env_id, steps = args.measure
         return print(*measure(program, env_id, int(steps)))
-    path, programs, env_ids, repeats = RESULTS / "speed.csv", PROGRAMS, ENV_IDS, REPEATS
+    path, programs, env_ids, repeats, more = RESULTS / "speed.csv", PROGRAMS, ENV_IDS, REPEATS, {"cores": CORES}
     if args.growth:
         path, programs, env_ids, repeats = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1], 1
-    cells = [(env_id, program, str(threads), str(repeat), steps) for repeat in range(repeats) for env_id in env_ids
+    elif args.cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("torch finds no GPU here")
+        path, programs, env_ids = RESULTS / "cuda.csv", CUDA, ("Hopper-v4", "CartPole-v1", "ALE/Pong-v5")
+        more["gpu"] = torch.cuda.get_device_name()
+    cells = [(env_id, program, str(threads), str(repeat), steps // 5 if env_id == "ALE/Pong-v5" else steps)
+             for repeat in range(repeats) for env_id in env_ids
              for program, threads, steps in programs if suits(program, env_id)]
     command = " ".join(["python tests/benchmark/speed.py", *sys.argv[1:]])
-    begin = describe(command, head(), cores=CORES) + ",".join(COLUMNS) + "\n"
+    begin = describe(command, head(), **more) + ",".join(COLUMNS) + "\n"
     if not (path.exists() and path.read_text().startswith(begin)):  # measurements of another commit don't mix with these
         path.write_text(begin)
     done = {tuple(row[:4]) for row in csv.reader(path.open())}
