@@ -111,7 +111,7 @@ class Args:
     gamma: float = 0.99  # γ: discount per step
     ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari's it is 0.01
     max_grad_norm: float = 40.0  # length that a gradient is shortened to; inf: never
-    cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; pays for large ones only
+    cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; these are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under

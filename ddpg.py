@@ -103,7 +103,7 @@ class Args:
     noise_std: float = 0.1  # σ of the noise; actions range from -1 to 1
     ou_theta: float = 0.15  # share of the Ornstein-Uhlenbeck process that decays at each step
     gamma: float = 0.99  # γ: discount per step
-    cuda: bool = True  # run on the GPU if there is one
+    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under

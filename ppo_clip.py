@@ -86,7 +86,7 @@ class Args:
     clip_coef: float = 0.2  # ε: how far from 1 the ratio may move; inf: neither clipping nor penalty (L^CPI)
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
     max_grad_norm: float = 0.5  # length that a gradient is shortened to; inf: never
-    cuda: bool = True  # run on the GPU if there is one
+    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under

@@ -92,7 +92,7 @@ class Args:
     value_lr: float = 1e-3  # Adam's step size for the baseline
     value_epochs: int = 10  # passes over an update's steps that fit the baseline, by minibatches of 64
     norm_returns: bool = True  # scale what weighs the gradient to mean 0 and variance 1
-    cuda: bool = True  # run on the GPU if there is one
+    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under

@@ -100,7 +100,7 @@ class Args:
     update_epochs: int = 20  # passes over the N·T steps that fit the value function, or of --solver penalty
     gamma: float = 0.99  # γ: discount per step
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the return minus V, 0 the one-step TD error
-    cuda: bool = True  # run on the GPU if there is one
+    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under

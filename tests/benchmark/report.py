@@ -233,6 +233,19 @@ def growth_table() -> str:
                  [(name, *(found.get(n, "") for n in actors)) for name, found in cells.items()])
 
 
+def cuda_table() -> str:
+    """Steps per second of each script on the CPU and on the GPU."""
+    measured = measurements("cuda")
+    rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
+    rows = []
+    for (env_id, program, threads), rate in rates.items():
+        name, _, device = program.rpartition(" ")
+        if device == "--cuda":
+            cpu = rates[env_id, f"{name} --no-cuda", threads]
+            rows.append((env_id, name, f"{cpu:.0f}", f"{rate:.0f}", f"{rate / cpu:.2f}"))
+    return table("| environment | program | steps/s on the CPU | … on the GPU | times as fast |", rows)
+
+
 # ── Figures ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False) -> None:
@@ -264,7 +277,7 @@ TABLES = {
     "README.md": {"returns": returns_table, "ppo": partial(ppo_table, environments=False),
                   "speed": partial(speed_table, ("Hopper-v4",))},
     "tests/benchmark/README.md": {"ppo": ppo_table, "others": others_table, "solved": solved_table, "speed": speed_table,
-                                  "growth": growth_table},
+                                  "growth": growth_table, "cuda": cuda_table},
 }
 
 
