@@ -1,9 +1,11 @@
 """The scripts under test, and how to run one."""
 
 import ast
+import contextlib
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -70,7 +72,7 @@ SCRIPTS = [
         batch=128,
         learns=("Pendulum-v1", -300, ("--total-timesteps", "8000", "--learning-starts", "500")),
         last=20,
-        steps=1800,
+        steps=1400,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),
@@ -93,6 +95,9 @@ SCRIPTS = [
         learns=("CartPole-v1", 475, ("--total-timesteps", "100000")),
     ),
 ]
+# It takes seconds, and is the same text in every script.
+TRACKING = pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name in ("a3c", "ppo_clip")],
+                                   ids=lambda script: script.name, indirect=True)
 
 
 def environment(**changes: str | None) -> dict[str, str]:
@@ -126,6 +131,18 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, finish(process)
         time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Puts the signals' handlers back."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
 
 
 def complaints(err: str) -> list[str]:

@@ -632,15 +632,6 @@ def processes(session):
     return found
 
 
-@pytest.fixture
-def handlers():
-    """Of signals, as they were"""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def workers_of(process):
     return sorted(pid for pid, command in processes(process.pid).items() if "spawn_main" in command)
 
@@ -812,10 +803,10 @@ def alone(request):
 
 
 @pytest.fixture(scope="module")
-def whole(alone, tmp_path_factory):
+def whole(alone, main, tmp_path_factory):
     """A run of one worker from start to end"""
     runs = tmp_path_factory.mktemp("whole")
-    code, _, err = run(PATH, *alone, "--runs-dir", runs)
+    code, _, err = main(*alone, "--runs-dir", runs)
     assert (code, complaints(err)) == (0, [])
     return only_run(runs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import envs  # noqa: F401, registers them
 import pytest
 import torch
-from helpers import SCRIPTS, complaints, contents, environment, only_run, run
+from helpers import SCRIPTS, TRACKING, complaints, contents, environment, only_run, run
 
 FLAGS = {
     "an_unknown_environment": (["--env-id", "Nowhere-v0"], "Nowhere"),
@@ -232,6 +232,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(script, module, main, fold
     assert contents(folder) == before
 
 
+@TRACKING
 def test_tracking_without_an_account_says_so_and_leaves_nothing(script, runs):
     nobody = environment(HOME=str(runs), WANDB_API_KEY=None, WANDB_MODE=None, NETRC=str(runs / "netrc"))
     code, out, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track", cwd=runs.parent,

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT, SCRIPTS, complaints, contents, environment, finish, iterations, metrics, only_run, run, skip_unless_suited,
-    start, wait_for,
+    ROOT, SCRIPTS, TRACKING, complaints, contents, environment, finish, iterations, metrics, only_run, run,
+    skip_unless_suited, start, wait_for,
 )
 
 SHARED_FLAGS = (
@@ -62,9 +62,9 @@ def task(script, request):
 
 
 @pytest.fixture(scope="session")
-def whole(script, task, tmp_path_factory):
+def whole(script, main, task, tmp_path_factory):
     """A run from start to end"""
-    return train(script, tmp_path_factory.mktemp("whole"), *task)
+    return train(script, tmp_path_factory.mktemp("whole"), *task, main=main)
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +130,7 @@ def test_the_camera_follows_a_body_that_the_model_has_a_camera_for(script, modul
     assert module.make_env(env_id, render=True).unwrapped.mujoco_renderer.camera_id == camera
 
 
+@TRACKING
 def test_tracking_offline_leaves_its_run_in_the_runs_folder(script, tmp_path):
     folders = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
     code, _, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track",
@@ -155,13 +156,12 @@ def test_ctrl_c_saves_and_exits_with_130(script, stopped):
     assert_saved_in_the_midst(script, folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_and_closes_its_environments(script, tmp_path, number):
+def test_a_run_that_is_terminated_saves_and_closes_its_environments(script, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
     flags = "--env-id", "envs:Closing-v0", "--total-timesteps", script.steps
-    folder, code = interrupt(script, tmp_path / "runs", *flags, number=number, CLOSED=str(closed))
-    assert code == 128 + number
+    folder, code = interrupt(script, tmp_path / "runs", *flags, number=signal.SIGTERM, CLOSED=str(closed))
+    assert code == 128 + signal.SIGTERM
     assert_saved_in_the_midst(script, folder)
     opened = 2  # two actors; or a worker, and the environment that was tried before
     assert len([*closed.iterdir()]) == (1 if script.name == "ddpg" else opened)
@@ -197,8 +197,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(main, whole, stopped, tmp_pat
     assert sorted(contents(folder)) == sorted(contents(whole))
 
 
-@pytest.mark.usefixtures("main")  # which puts the signals' handlers back
-def test_a_save_before_the_next_row_counts_no_row_that_was_cut(module, trained, tmp_path):
+def test_a_save_before_the_next_row_counts_no_row_that_was_cut(handlers, module, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "moved")
     size = (folder / "metrics.csv").stat().st_size
     with open(folder / "metrics.csv", "a") as file:
