@@ -1,6 +1,7 @@
 """The grid of benchmarks: each cell once, whatever happens to what trains it."""
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
@@ -55,6 +57,10 @@ def test_every_cell_has_a_result_and_one_that_failed_a_log(expected):
     assert results(expected).keys() == set(CELLS)
     for about, rows in results(expected).values():
         assert about["steps"] >= 2048 and "evaluated" in about and len(rows.splitlines()) > 10
+    short, _ = results(expected)["short/CartPole-v1/1"]
+    (metrics,) = (expected / "work/short").rglob("metrics.csv")
+    losses = [float(row["losses/entropy"]) for row in csv.DictReader(metrics.open()) if row["losses/entropy"]]
+    assert short["medians"]["losses/entropy"] == pytest.approx(np.median(losses), rel=0.01)
     assert "error: --gamma" in (expected / "work/wrong/CartPole-v1/1/log").read_text()
     assert "wrong CartPole-v1 1 failed" in (expected / "log").read_text()
 

@@ -136,6 +136,18 @@ def ppo_table(environments: bool = True) -> str:
     return table(header, rows)
 
 
+def kl_table() -> str:
+    """How far the policies of the penalties' rows moved, and by which β: medians over iterations, of each seed."""
+    columns = [("ppo_kl_fixed", "losses/kl"), *((name, loss) for name in ("ppo_kl", "ppo_kl_0.03")
+                                                for loss in ("losses/kl", "losses/beta"))]
+    rows = []
+    for env_id in PPO_ENV_IDS:
+        kept = [[run.about["medians"][loss] for run in runs(name, env_id) if "medians" in run.about]
+                for name, loss in columns]
+        rows.append((env_id, *(" ".join(f"{x:.2g}" for x in seeds) for seeds in kept)))
+    return table("| environment | β = 1: KL | d_targ = 0.01: KL | … β | d_targ = 0.03: KL | … β |", rows)
+
+
 # ── The six scripts beside published figures ──────────────────────────────────────────────────────────────────────
 
 def published() -> dict[tuple[str, str, str], tuple[float, str]]:
@@ -276,8 +288,8 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 TABLES = {
     "README.md": {"returns": returns_table, "ppo": partial(ppo_table, environments=False),
                   "speed": partial(speed_table, ("Hopper-v4",))},
-    "tests/benchmark/README.md": {"ppo": ppo_table, "others": others_table, "solved": solved_table, "speed": speed_table,
-                                  "growth": growth_table, "cuda": cuda_table},
+    "tests/benchmark/README.md": {"ppo": ppo_table, "kl": kl_table, "others": others_table, "solved": solved_table,
+                                  "speed": speed_table, "growth": growth_table, "cuda": cuda_table},
 }
 
 

@@ -5,8 +5,8 @@
     python tests/benchmark/returns.py --work /tmp/grid --ray 10.0.0.1:6379  # the same on all machines of a Ray cluster
 
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result holds the return and length of every
-episode in training, under one line of comment with the command, commit and versions, and the mean return of 100
-episodes of the trained agent without exploration (`--evaluate`). What a cell was doing when it was
+episode in training, under one line of comment with the command, commit and versions, the mean return of 100
+episodes of the trained agent without exploration (`--evaluate`), and the median of each loss. What a cell was doing when it was
 stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
 its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
 then and its last checkpoint.
@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import IO, NamedTuple
 
 from tqdm import tqdm
@@ -91,6 +92,16 @@ def train(command: list[str], minutes: float | None, root: Path, lock: IO[str], 
         raise subprocess.CalledProcessError(status, command)
 
 
+def medians(rows: list[dict[str, str]]) -> dict[str, float]:
+    """Of each loss over the iterations"""
+    found = {}
+    for name in rows[0]:
+        values = [float(row[name]) for row in rows if name.startswith("losses/") and row[name]]
+        if values:
+            found[name] = float(f"{median(values):.3g}")
+    return found
+
+
 def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[str]) -> str:
     """Evaluates the run in a folder, and tells its results."""
     with (trained / "metrics.csv").open() as source:
@@ -100,7 +111,7 @@ def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[s
     evaluated = [float(line.split()[3].strip(",")) for line in lines.splitlines() if line.startswith("episode")]
     speeds = [int(row["charts/SPS"]) for row in rows if row["charts/SPS"]]
     last = {"steps": int(rows[-1]["global_step"]), "steps_per_second": speeds[-1],
-            "evaluated": round(sum(evaluated) / len(evaluated), 1)}
+            "evaluated": round(sum(evaluated) / len(evaluated), 1), "medians": medians(rows)}
     episodes = [
         f"{row['global_step']},{float(row['charts/episodic_return']):.6g},{row['charts/episodic_length']}"
         for row in rows
