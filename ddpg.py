@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """DDPG: a deterministic policy climbs the slope that the critic's value has in the action; both learn off-policy.
 
-    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 50 minutes: return about 1500
+    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 50 minutes: return about 1400
     python ddpg.py --env-id Pendulum-v1 --total-timesteps 20000         # 1 minute: then, with --evaluate, about -150
 
 Slides 确定性梯度策略, 深度确定性策略梯度: named in the deck, their text is missing there. What they would derive:
