@@ -3,18 +3,24 @@
 import ast
 import contextlib
 import csv
+import io
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")  # a3c's workers are its, with all modules imported, if it runs here
+SERVER.set_forkserver_preload(["a3c", "envs"])
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,27 @@ def handlers_kept():
     finally:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
+
+
+def run_here(module: ModuleType, *flags: str | Path) -> tuple[int, str, str]:
+    """Of a script's main() in this process: exit code, stdout, stderr"""
+
+    def show(message, category, *_):  # as a process does, while pytest would keep it for itself
+        print(f"{category.__name__}: {message}", file=sys.stderr)
+
+    out, err = io.StringIO(), io.StringIO()
+    with (handlers_kept(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        patch.setattr(sys, "argv", [f"{module.SCRIPT}.py", *map(str, flags)])
+        patch.setattr("torch.multiprocessing.get_context", lambda _method: SERVER)
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.showwarning = show
+        try:
+            code = module.main() or 0
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
 def complaints(err: str) -> list[str]:

@@ -25,7 +25,7 @@ from a3c import (
     Actor, Agent, Args, Segment, Shared, actor_learner, as_vector, gaussian_log_prob, make_env, n_step_advantage,
     n_step_returns, rmsprop_, score_loss, softmax_log_prob, squared_error,
 )
-from helpers import complaints, finish, iterations, metrics, only_run, run, start, wait_for
+from helpers import complaints, finish, iterations, metrics, only_run, run_here, start, wait_for
 from oracles import Process, distribution, flat, gradient
 
 PATH = Path(a3c.__file__)
@@ -803,10 +803,10 @@ def alone(request):
 
 
 @pytest.fixture(scope="module")
-def whole(alone, main, tmp_path_factory):
+def whole(alone, tmp_path_factory):
     """A run of one worker from start to end"""
     runs = tmp_path_factory.mktemp("whole")
-    code, _, err = main(*alone, "--runs-dir", runs)
+    code, _, err = run_here(a3c, *alone, "--runs-dir", runs)
     assert (code, complaints(err)) == (0, [])
     return only_run(runs)
 

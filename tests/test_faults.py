@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from faults import SECONDS, hurried, kill, last_save
-from helpers import complaints, contents, finish, metrics, only_run, start, wait_for
+from helpers import complaints, contents, finish, metrics, only_run, run_here, start, wait_for
 
 LATEST = 30 * SECONDS  # for a checkpoint, however busy the machine
 
@@ -23,10 +23,10 @@ def task_of(script):
 
 
 @pytest.fixture(scope="session")
-def whole(script, main, tmp_path_factory):
+def whole(script, module, tmp_path_factory):
     """A run that nothing befalls"""
     runs = tmp_path_factory.mktemp("whole")
-    code, _, err = main(*script.tiny, *task_of(script), "--runs-dir", runs)
+    code, _, err = run_here(module, *script.tiny, *task_of(script), "--runs-dir", runs)
     assert (code, complaints(err)) == (0, [])
     return only_run(runs)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 
 import gymnasium as gym
 import imageio
@@ -15,7 +16,7 @@ import pytest
 import torch
 from helpers import (
     ROOT, SCRIPTS, TRACKING, complaints, contents, environment, finish, iterations, metrics, only_run, run,
-    skip_unless_suited, start, wait_for,
+    run_here, skip_unless_suited, start, wait_for,
 )
 
 SHARED_FLAGS = (
@@ -62,9 +63,9 @@ def task(script, request):
 
 
 @pytest.fixture(scope="session")
-def whole(script, main, task, tmp_path_factory):
+def whole(script, module, task, tmp_path_factory):
     """A run from start to end"""
-    return train(script, tmp_path_factory.mktemp("whole"), *task, main=main)
+    return train(script, tmp_path_factory.mktemp("whole"), *task, main=partial(run_here, module))
 
 
 @pytest.fixture(scope="session")
