@@ -25,7 +25,7 @@ def module(script):
 
 @pytest.fixture
 def handlers():
-    """Of signals, as they were afterwards"""
+    """Puts the signals' handlers back after the test."""
     with handlers_kept():
         yield
 
