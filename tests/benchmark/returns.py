@@ -6,8 +6,8 @@
 
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result holds the return and length of every
 episode in training, under one line of comment with the command, commit and versions, the mean return of 100
-episodes of the trained agent without exploration (`--evaluate`), and the median of each loss. What a cell was doing when it was
-stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
+episodes of the trained agent without exploration (`--evaluate`), and the median of each loss. What a cell was doing
+when it was stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
 its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
 then and its last checkpoint.
 

@@ -56,6 +56,7 @@ GROWTH = [
     *((f"a3c --num-workers {n}", 1, 60_000 * min(n, CORES)) for n in (1, 2, 4)),
     ("ddpg --learning-starts 990000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
 ]  # fmt: skip
+PONG = "ALE/Pong-v5"  # a step of it takes as long as many of Hopper
 CUDA = [
     (f"{program} {device}", 1, steps) for program, steps in (
         ("ppo_clip", 12 * 2048), ("ppo_kl", 12 * 2048), ("trpo", 12 * 2048), ("a3c --num-workers 2", 20_000),
@@ -141,7 +142,7 @@ def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
 
 
 def suits(program: str, env_id: str) -> bool:
-    if env_id == "ALE/Pong-v5":
+    if env_id == PONG:
         return program.startswith("a3c")
     return env_id != "CartPole-v1" or "ddpg" not in program.lower()
 
@@ -163,9 +164,9 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here")
-        path, programs, env_ids = RESULTS / "cuda.csv", CUDA, ("Hopper-v4", "CartPole-v1", "ALE/Pong-v5")
+        path, programs, env_ids = RESULTS / "cuda.csv", CUDA, ("Hopper-v4", "CartPole-v1", PONG)
         more["gpu"] = torch.cuda.get_device_name()
-    cells = [(env_id, program, str(threads), str(repeat), steps // 5 if env_id == "ALE/Pong-v5" else steps)
+    cells = [(env_id, program, str(threads), str(repeat), steps // 5 if env_id == PONG else steps)
              for repeat in range(repeats) for env_id in env_ids
              for program, threads, steps in programs if suits(program, env_id)]
     command = " ".join(["python tests/benchmark/speed.py", *sys.argv[1:]])
