@@ -29,3 +29,13 @@ def test_the_interval_draws_seeds_within_their_environment():
     low, high = report.interval(np.random.default_rng(1).normal(size=(20, 25)), lambda x: x.mean(-1))
     assert (high - low) / 2 == pytest.approx(1.96 / np.sqrt(500), rel=0.1)
     assert low < report.interquartile_mean(np.zeros(4)) < high
+
+
+def test_the_highest_is_of_the_mean_over_seeds_and_10_episodes():
+    steps = np.arange(1000, report.STEPS + 1, 1000)
+    early = report.Run({}, steps, np.where(steps <= 500_000, 10.0, 0))
+    late = report.Run({}, steps, 10 - early.returns)
+    assert report.highest([early]) == report.highest([late]) == pytest.approx(10)
+    assert report.highest([early, late]) == pytest.approx(5)  # each at its best alone, never both
+    lucky = report.Run({}, steps, np.where(steps == 700_000, 10.0, 0))
+    assert report.highest([lucky]) == pytest.approx(1)
