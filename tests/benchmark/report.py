@@ -305,8 +305,9 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 TABLES = {
     "README.md": {"returns": returns_table, "ppo": partial(ppo_table, environments=False),
                   "speed": partial(speed_table, ("Hopper-v4",))},
-    "tests/benchmark/README.md": {"highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table, "solved": solved_table,
-                                  "speed": speed_table, "growth": growth_table, "cuda": cuda_table},
+    "tests/benchmark/README.md": {"highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
+                                  "solved": solved_table, "speed": speed_table, "growth": growth_table,
+                                  "cuda": cuda_table},
 }
 
 
