@@ -138,15 +138,20 @@ def ppo_table(environments: bool = True) -> str:
 
 
 def kl_table() -> str:
-    """How far the policies of the penalties' rows moved, and by which β: medians over iterations, of each seed."""
-    columns = [("ppo_kl_fixed", "losses/kl"), *((name, loss) for name in ("ppo_kl", "ppo_kl_0.03")
-                                                for loss in ("losses/kl", "losses/beta"))]
+    """How far the policies of the penalties' rows moved, and by which β: medians over the iterations, then the seeds."""
+    columns = []
+    for objective, _, name in PPO_TABLE:
+        if name.startswith("ppo_kl") and all(runs(name, env_id) for env_id in PPO_ENV_IDS):
+            setting = objective.partition(", ")[2]
+            columns.append((f"{setting}: KL", name, "losses/kl"))
+            if "fixed" not in name:
+                columns.append(("… β", name, "losses/beta"))
     rows = []
     for env_id in PPO_ENV_IDS:
         kept = [[run.about["medians"][loss] for run in runs(name, env_id) if "medians" in run.about]
-                for name, loss in columns]
-        rows.append((env_id, *(" ".join(f"{x:.2g}" for x in seeds) for seeds in kept)))
-    return table("| environment | β = 1: KL | d_targ = 0.01: KL | … β | d_targ = 0.03: KL | … β |", rows)
+                for _, name, loss in columns]
+        rows.append((env_id, *(f"{median(seeds):.2g}" if seeds else "" for seeds in kept)))
+    return table(f"| environment | {' | '.join(title for title, *_ in columns)} |", rows)
 
 
 # ── The six scripts beside published figures ──────────────────────────────────────────────────────────────────────
