@@ -28,8 +28,8 @@ class Script:
     name: str
     tiny: tuple[str, ...]  # flags of an iteration of `batch` steps that takes a moment
     batch: int
-    learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
-    last: int = 100  # how many returns that is a mean of
+    learns: tuple[str, float, tuple[str, ...]]  # environment, median of the last returns, by which flags
+    last: int = 100  # how many returns that is a median of
     steps: int = 4000  # of a run that takes seconds, so that it can be interrupted
     actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps

@@ -562,6 +562,7 @@ def test_a_reward_counts_by_its_sign_in_a_game_of_frames_only(trial):
 @LSTM
 def test_frames_are_learned_from_as_vectors_are(lstm, trial):
     trial, memory = trial(Frames(length=4), t_max=3, lstm=lstm), None
+    trial.shared.theta.mul_(0.5)  # or the gates saturate, and float32 keeps few digits of their slope, σ (1 − σ)
     for watch in trial.take(4):
         expected, _, memory = true_gradient(watch, memory, trial.args)
         assert_close_to(watch.gradient, expected)
