@@ -28,8 +28,9 @@ class Script:
     name: str
     tiny: tuple[str, ...]  # flags of an iteration of `batch` steps that takes a moment
     batch: int
-    learns: tuple[str, float, tuple[str, ...]]  # environment, median of the last returns, by which flags
-    last: int = 100  # how many returns that is a median of
+    learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
+    last: int = 100  # how many returns that is a mean of
+    lapses: bool = False  # a median, then: on some processors single iterations spoil what was learned
     steps: int = 4000  # of a run that takes seconds, so that it can be interrupted
     actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
@@ -86,6 +87,7 @@ SCRIPTS = [
         "trpo",
         tiny=("--num-envs", "2", "--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2"),
         batch=128,
+        lapses=True,
         learns=("CartPole-v1", 475, ("--total-timesteps", "100000")),
     ),
     Script(
