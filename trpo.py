@@ -398,7 +398,7 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
         return gradient(kl_gradient @ v, retain_graph=True) + args.cg_damping * v
 
     direction = conjugate_gradient(fisher, g, args.cg_iters)
-    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x )
+    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). [DETAIL] A small g is no small step: where A is mere noise, so is the step.
     step = direction * (2 * args.kl_constraint / (direction @ fisher(direction))).sqrt()
     # [TRPO-CG-4] backtracking line search
     old_theta = theta.detach().clone()

@@ -221,11 +221,13 @@ def solved_table() -> str:
     """Steps until the mean return of 100 episodes on CartPole-v1 has reached 475, which counts as solved."""
     rows = []
     for path in sorted(RESULTS.glob("*/CartPole-v1")):
-        trained = runs(path.parent.name, path.name)
-        reached = [run.steps[99:][run.means >= 475] for run in trained]
-        rows.append((path.parent.name, " ".join(f"{steps[0]:.0f}" if len(steps) else "never" for steps in reached),
-                     commits(trained)))
-    return table("| run | steps, seeds 1, 2, … | commit |", rows)
+        trained, cells = runs(path.parent.name, path.name), []
+        for run in trained:
+            solved = 99 + np.flatnonzero(run.means >= 475)  # the last of such 100 episodes
+            cells.append(("never", "–") if not len(solved) else
+                         (f"{run.steps[solved[0]]:.0f}", f"{run.returns[solved[0] + 1:].mean():.0f}"))
+        rows.append((path.parent.name, *map(" ".join, zip(*cells)), commits(trained)))
+    return table("| run | steps, seeds 1, 2, … | mean return afterwards | commit |", rows)
 
 
 # ── Speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────
