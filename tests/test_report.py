@@ -39,3 +39,14 @@ def test_the_highest_is_of_the_mean_over_seeds_and_10_episodes():
     assert report.highest([early, late]) == pytest.approx(5)  # each at its best alone, never both
     lucky = report.Run({}, steps, np.where(steps == 700_000, 10.0, 0))
     assert report.highest([lucky]) == pytest.approx(1)
+
+
+def test_a_run_is_solved_by_the_first_100_episodes_of_mean_475_and_the_later_ones_are_averaged(tmp_path, monkeypatch):
+    folder = tmp_path / "lapsing" / "CartPole-v1"
+    folder.mkdir(parents=True)
+    lapsing = [0.0] * 7 + [475.0] * 100 + [100.0, 300.0]  # the mean of 100 is 475 at episode 107 alone
+    for seed, returns in enumerate((lapsing, [474.0] * 120), 1):
+        rows = "".join(f"{10 * (i + 1)},{value},9\n" for i, value in enumerate(returns))
+        (folder / f"{seed}.csv").write_text('# {"commit": "abc"}\nglobal_step,episodic_return,episodic_length\n' + rows)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert "| lapsing | 1070 never | 200 – | `abc` |" in report.solved_table()
