@@ -194,8 +194,8 @@ def metrics(run_folder: Path) -> list[dict[str, str]]:
 
 def iterations(run_folder: Path) -> int:
     """How many the run has logged so far, perhaps while it is writing"""
-    with open(run_folder / "metrics.csv") as file:
-        return sum(bool(row["losses/policy_loss"]) for row in csv.DictReader(file))
+    lines = (run_folder / "metrics.csv").read_text().splitlines()  # in one read: the header may come at any moment
+    return sum(bool(row["losses/policy_loss"]) for row in csv.DictReader(lines))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
