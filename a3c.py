@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
-#     "ale-py==0.12.1", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
+#                 "ale-py==0.12.1", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
@@ -62,26 +60,24 @@ Departures from the slides
 """
 
 import contextlib
-import csv
-import ctypes
+import copy
 import io
 import json
 import math
 import os
+import random
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Container, Iterable, Iterator
+import zipfile
+from collections import deque, namedtuple
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -111,6 +107,7 @@ class Args:
     gamma: float = 0.99  # γ: discount per step
     ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari's it is 0.01
     max_grad_norm: float = 40.0  # length that a gradient is shortened to; inf: never
+    patience: float = 60.0  # seconds without a step, from its start on, after which an actor-learner counts as hung
     cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; these are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -121,24 +118,42 @@ class Args:
     evaluate: str | None = None  # run's folder or checkpoint to evaluate instead of training
     eval_episodes: int = 10  # episodes to evaluate
 
+    def __post_init__(self):
+        for name, x in vars(self).items():
+            may_be_0 = name in ("seed", "rms_alpha", "gamma", "ent_coef")
+            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+                raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
+
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+class Failure(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The environment, rendering to pictures if asked."""
+    """The environment, if the algorithm can serve it, rendering to pictures if asked."""
+    if env_id.startswith("ALE/"):
+        return Atari(env_id)
     if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    if env_id.startswith("ALE/"):
-        return Atari(env_id)
-    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
+    seen, done = env.observation_space, env.action_space
+    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
+    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
+    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and (continuous or discrete)):
+        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an Atari game, ALE/…, or an --env-id that "
+                      "observes a vector, and takes a vector of floats or Discrete actions from 0")
+    done.seed(np.random.randint(2**31))  # some environments draw from it
+    if continuous:
         # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        low, high = env.action_space.low, env.action_space.high
-        middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
-        env = gym.wrappers.TransformAction(env, lambda action: (middle + half * action).clip(low, high), unit)
+        bounded = np.isfinite(done.low) & np.isfinite(done.high)
+        low, high = np.where(bounded, done.low, -1), np.where(bounded, done.high, 1)
+        middle, half = high / 2 + low / 2, high / 2 - low / 2
+        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
     return env
 
 
@@ -172,33 +187,25 @@ class Atari(gym.Env):
 
 
 class Actor:
-    """One of the N actors. Its seed and its actions so far are all it takes to bring a running episode back."""
+    """One of the N actors: an environment and its running episode."""
 
-    def __init__(self, env: gym.Env):
-        self.env = env
+    def __init__(self, env: gym.Env, bar: tqdm):
+        self.env, self.bar, self.shape = env, bar, env.observation_space.shape
         self.reset()
 
-    def reset(self, seed: int | None = None, actions: np.ndarray = ()) -> None:
-        """A new episode, or that of a checkpoint: its actions taken again."""
-        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
-        self.actions, self.episodic_return = [], 0.0
-        try:
-            self.obs, _ = self.env.reset(seed=self.seed)
-        except Exception as error:
-            raise blame(error)
-        for action in actions:
-            _, _, terminated, truncated = self.step(action)
-            if terminated or truncated:  # a simulator that doesn't repeat itself
-                return self.reset()
+    def reset(self) -> None:
+        obs, _ = self.env.reset(seed=torch.randint(2**31, ()).item())
+        self.obs = np.array(obs, np.float32).reshape(self.shape)
+        self.episodic_return, self.length = 0.0, 0
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
-        try:
-            self.obs, reward, terminated, truncated, _ = self.env.step(action)
-            self.episodic_return += float(reward)
-        except Exception as error:
-            raise blame(error)
-        self.actions.append(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.obs = np.array(obs, np.float32).reshape(self.shape)  # a copy: some environments write over their array
+        reward = np.asarray(reward).item()  # some return an array of one number
+        self.episodic_return += reward
+        self.length += 1
+        self.bar.update()
         return self.obs, reward, terminated, truncated
 
 
@@ -219,7 +226,6 @@ class RunningNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -230,13 +236,12 @@ class RunningNorm(nn.Module):
         var, delta = (x - mean).square().mean(0), mean - self.mean
         self.mean += weight * delta
         self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
-        self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # what has hardly moved is near 0 / 0
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y * self.std + self.mean
+        return y * (self.var + 1e-8).sqrt() + self.mean
 
 
 Memory = tuple[Tensor, Tensor] | None  # of an LSTM, (h, c) of (1,H) each; None without one, or as an episode begins
@@ -263,6 +268,8 @@ class Agent(nn.Module):
         self.actor = orthogonal(nn.Linear(H, A), 0.01)  # continuous: mean of a Gaussian; discrete: scores of a softmax
         self.critic = orthogonal(nn.Linear(H, 1), 1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
+        # RMSProp's g, the mean square of the gradient: a buffer, to be shared and saved with the rest
+        self.register_buffer("square_avg", torch.zeros(sum(parameter.numel() for parameter in self.parameters())))
 
     def features(self, obs: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """obs (k,…) of k steps in a row, the memory before them → what the heads see of each (k,H), the memory after"""
@@ -282,53 +289,37 @@ class Agent(nn.Module):
         output = self.actor(features) + noise
         return output.argmax(-1) if self.discrete else output, memory
 
-    def log_prob(self, output: Tensor, action: Tensor) -> Tensor:
-        """actor's output (B,A), action (B[,A]) → log πθ(a|s) (B,)"""
-        if self.discrete:
-            return softmax_log_prob(output, action)
-        return gaussian_log_prob(output, self.log_std, action)
 
-    def entropy(self, output: Tensor) -> Tensor:
-        """actor's output (B,A) → mean entropy of πθ(·|s), in nats"""
-        return softmax_entropy(output).mean() if self.discrete else gaussian_entropy(self.log_std)
-
-
-def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
-
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    parameters = list(parameters)
-    sizes = [parameter.numel() for parameter in parameters]
-    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
+    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     theta.grad = torch.zeros_like(theta)
-    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
-        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    nn.utils.vector_to_parameters(theta.data, parameters)
+    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = grad.view_as(parameter)
     return theta
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
 # Pure functions of tensors, which only rmsprop_ changes; shapes that don't broadcast raise torch's RuntimeError.
 
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
-    z = (action - mean) * (-log_std).exp()
-    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
+    """log πθ(a|s) of a Gaussian, Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π, or a softmax, f_θ(s,a) − log Σ_a' exp f_θ(s,a').
+
+    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    if log_std is None:
+        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    z = (action - output) * (-log_std).exp()
+    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """H = Σ_A log σ + ½ log 2πe in nats;   log_std (A,) → ()"""
-    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * log_std.numel()
-
-
-def softmax_log_prob(scores: Tensor, action: Tensor) -> Tensor:
-    """log πθ(a|s) = f_θ(s,a) − log Σ_a' exp f_θ(s,a');   scores (B,A), action (B,) → (B,)"""
-    return scores.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
-
-
-def softmax_entropy(scores: Tensor) -> Tensor:
-    """H = −Σ_a π log π in nats;   scores (B,A) → (B,)"""
-    log_probs = scores.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
+    """Mean entropy of πθ(·|s) in nats: Σ_A log σ + ½ log 2πe, or −Σ_a π log π;   arguments as of log_prob → ()"""
+    if log_std is None:
+        log_probs = output.log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum(-1).mean()
+    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(log_std)
 
 
 def score_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
@@ -365,35 +356,20 @@ def rmsprop_(theta: Tensor, square_avg: Tensor, grad: Tensor, learning_rate: flo
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-class Shared(NamedTuple):
-    """What all actor-learners read and write, in shared memory."""
-
-    agent: Agent  # with θ and θ_v, and the running statistics
-    theta: Tensor  # all of the agent's parameters as one vector
-    square_avg: Tensor  # RMSProp's g
-    T: Synchronized  # steps that all have taken, with a lock
-    steps: ctypes.Array  # of as many numbers as actor-learners: steps that each has taken
-    pause: ctypes.c_byte  # 1 while the actor-learners are to meet as their segments end, for a checkpoint
-
-
-class Segment(NamedTuple):
-    """What an actor-learner tells of t_max steps, or of the fewer to an episode's end."""
-
-    T: int
-    memory: Memory  # that the next segment starts with
-    episode: tuple[float, int] | None  # return and length of the episode that ended
-    learning_rate: float
-    losses: list[float]  # per step: of the policy, of the value function; entropy
+# What all actor-learners read and write, in shared memory: the agent, with θ and θ_v as one vector, theta; T, steps that
+# all have taken; steps of each; and a lock for T and the running statistics
+Shared = namedtuple("Shared", "agent theta T steps lock")
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Shared, args: Args) -> Iterator[Segment]:
-    """Algorithm S3 from top to bottom, as the n-th process runs it."""
-    device, theta = agent.critic.weight.device, as_vector(agent.parameters())
+def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args) -> Iterator[tuple]:
+    """Algorithm S3 from top to bottom, as the n-th process runs it. Tells after each segment: T; return and length of the
+    episode that ended, or None; the step size; per step the losses of policy and value function, and the entropy."""
+    device, theta, memory = agent.critic.weight.device, as_vector([*agent.parameters()]), None
     agent.obs_norm, agent.value_norm = shared.agent.obs_norm, shared.agent.value_norm
     # [A3C-1] initialise own step counter t ← 1
-    t = 1 + shared.steps[n]
+    t = 1
     # [A3C-2] repeat
     while True:
         # [A3C-3] reset gradients dθ ← 0, dθ_v ← 0
@@ -405,7 +381,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         with torch.no_grad():  # [DETAIL] Drawn for the whole segment: as many draws of one step take longer.
             noise = agent.noise(args.t_max, 1).to(device)
         # [A3C-6] get state s_t
-        obs = [torch.from_numpy(np.array(actor.obs, np.float32))]
+        obs = [torch.from_numpy(actor.obs)]
         # [A3C-7] repeat
         terminated = truncated = False
         while not (terminated or truncated or t - t_start == args.t_max):
@@ -414,20 +390,20 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
                 action, memory = agent.act(obs[-1].unsqueeze(0), memory, noise[t - t_start])
             # [A3C-9] receive reward r_t and new state s_{t+1}
             next_obs, reward, terminated, truncated = actor.step(action.cpu().numpy()[0])
-            obs.append(torch.from_numpy(np.array(next_obs, np.float32)))
+            obs.append(torch.from_numpy(next_obs))
             actions.append(action)
             rewards.append(reward)
             # [A3C-10] t ← t + 1
             t += 1
             shared.steps[n] = t - 1
             # [A3C-11] T ← T + 1
-            with shared.T.get_lock():
+            with shared.lock:
                 shared.T.value += 1
                 T = shared.T.value
             # [A3C-12] until terminal s_t or t − t_start == t_max: this loop's condition
         episode = None
         if terminated or truncated:
-            episode, memory = (actor.episodic_return, len(actor.actions)), None
+            episode, memory = (actor.episodic_return, actor.length), None
             actor.reset()
         obs = torch.stack(obs)
         features, _ = agent.features(obs, start_memory)
@@ -444,26 +420,26 @@ def actor_learner(n: int, agent: Agent, actor: Actor, memory: Memory, shared: Sh
         target = agent.value_norm(returns.unsqueeze(1)).squeeze(1).to(device)
         output, advantage = agent.actor(features[:-1]), n_step_advantage(target, values[:-1])
         # [A3C-16] dθ ← dθ + ∇_θ' log π(a_i|s_i; θ') (R − V(s_i; θ'_v))
-        policy_loss = score_loss(agent.log_prob(output, torch.cat(actions)), advantage)
+        policy_loss = score_loss(log_prob(output, agent.log_std, torch.cat(actions)), advantage)
         # [A3C-17] dθ_v ← dθ_v + ∂ (R − V(s_i; θ'_v))² / ∂θ'_v
         value_loss = squared_error(values[:-1], target)
         # [DETAIL] The paper's bonus for entropy keeps the policy from settling too early.
-        entropy = agent.entropy(output)
-        (policy_loss + value_loss - args.ent_coef * len(actions) * entropy).backward()
+        bonus = entropy(output, agent.log_std)
+        (policy_loss + value_loss - args.ent_coef * len(actions) * bonus).backward()
         # [A3C-18] end for
         norm = theta.grad.norm()
         theta.grad *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no leap on an odd segment
         if not norm.isfinite():
-            raise FloatingPointError("its gradient isn't finite: lower --learning-rate, or look for NaN in the "
-                                     "environment's observations and rewards")
+            raise Failure(f"step {T} has a gradient that isn't finite: lower learning rates, or mend the environment")
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
-        rmsprop_(shared.theta, shared.square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
-        with shared.T.get_lock():  # units of what all networks see from now on; others' updates too come at any time
+        square_avg = shared.agent.square_avg
+        rmsprop_(shared.theta, square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
+        with shared.lock:  # units of what all networks see from now on; others' updates too come at any time
             agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
-        losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), entropy.item()]
-        yield Segment(T, memory, episode, learning_rate, losses)
+        losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), bonus.item()]
+        yield T, episode, learning_rate, losses
         # [A3C-20] until T > T_max
         if T >= args.total_timesteps:
             return
@@ -476,413 +452,224 @@ METRICS = (
     "losses/value_loss", "losses/entropy",
 )
 LOG_STEPS = 1000  # of an actor-learner, over which the losses of a row are averaged
-HANG_SECONDS = 7  # without a step, by which an actor-learner counts as hung
-VIDEO_SECONDS = 60  # the same for the one that now and then has a video to write
-FIXED = ("env_id", "num_workers", "lstm")  # settings that hold for every use of a checkpoint
-CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
-
-
-class Failure(Exception):
-    """Something that the user can mend; shown as one line."""
-
-
-def blame(error: Exception) -> Failure:
-    """What an environment raised, which may be whatever it likes, and where."""
-    where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(f"{type(error).__name__}: {error}".split())
-    return Failure(f"the environment failed in line {where.lineno} of {Path(where.filename).name}: {text}")
-
-
-def new_folder(args: Args) -> Path:
-    while True:
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
-            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
+CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 
 class Run:
-    """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
+    """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, checkpoint: dict | None):
-        self.args, self.signal = args, 0
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+        self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
+        self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
+        folder.mkdir(parents=True, exist_ok=True)
+        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
+        versions = {name: module.__version__ for name, module in used.items() if module}
+        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
+        if self.metrics.seek(0, os.SEEK_END) == 0:
+            print("global_step", *METRICS, sep=",", file=self.metrics)
+        if args.track:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+        print(f"run: {folder}", flush=True)
+        self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
-        if checkpoint:
-            self.folder = checkpoint_path(args.resume).parent
-        else:
-            self.folder = new_folder(args)
-        if args.track:
-            self.wandb = self.start_wandb()
-        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
-        self.write("config.json", json.dumps(config, indent=2).encode())
-        self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
-        if checkpoint:  # the rows after the checkpoint will be made again
-            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
-            self.metrics.seek(0, os.SEEK_END)  # or a save before the next row would count those that were just cut
-        self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
-        if self.metrics.tell() == 0:
-            self.writer.writeheader()
-        step = checkpoint["global_step"] if checkpoint else 0
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
-        self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
-
-    def start_wandb(self) -> "wandb.Run":
-        try:
-            import wandb
-
-            name, project, entity = self.folder.name, self.args.wandb_project_name, self.args.wandb_entity
-            tracked = wandb.init(project=project, entity=entity, config=asdict(self.args), id=name, name=name,
-                                 dir=self.folder, resume="allow")
-        except Exception as error:
-            if not self.args.resume:
-                shutil.rmtree(self.folder)
-            raise Failure(f"--track fails ({' '.join(str(error).split())}): log in, or set WANDB_MODE=offline")
-        tracked.define_metric("*", step_metric="global_step")
-        return tracked
 
     def stop(self, number: int, _frame) -> None:
-        """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
+        """Stops at once while actors collect; otherwise when what they have collected is learned."""
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.collecting:
+            self.collecting = False
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: an episode that ended at this step, or an iteration that did."""
         if not all(map(math.isfinite, metrics.values())):
-            raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
-                          "environment's observations and rewards")
-        row = {"global_step": step, **metrics}
-        self.writer.writerow(row)
-        if self.args.track:
-            self.wandb.log(row)
+            raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
-        self.bar.total = max(self.bar.total, step)  # an algorithm of whole episodes takes a few steps more
-        self.bar.update(step - self.bar.n)
+        else:
+            metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+        print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
+        self.unsent += [{"global_step": step, **metrics}] * self.args.track
 
-    def sps(self, step: int) -> int:
-        return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+    def save(self, step: int) -> None:
+        """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "metrics_size": self.metrics.tell()}
+        buffer = io.BytesIO()  # as torch would hide a disk's errors
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        with open(self.folder / "checkpoint.partial", "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        while self.unsent:  # only now, or a run that is killed and resumed would send these rows twice
+            self.wandb.log(self.unsent.pop(0))
+        self.due = time.time() + CHECKPOINT_SECONDS
 
-    def save(self, step: int, state: dict) -> None:
-        begun = time.time()
-        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "returns": list(self.returns)}
-        state["metrics_size"] = self.metrics.tell()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write("checkpoint.pt", buffer.getbuffer())
-        self.due = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - begun))
-
-    def write(self, name: str, data: bytes | memoryview) -> None:
-        """A crash or a full disk leaves the old file or the new one, never half of one."""
-        partial = self.folder / f"{name}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def summarize(self, step: int) -> None:
-        print(f"{step} steps, {self.sps(step)} steps/s{', stopped early' if self.signal else ''}")
-        if self.returns:
-            mean, std, count = np.mean(self.returns), np.std(self.returns), len(self.returns)
-            print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        self.bar.close()
-        self.metrics.close()
+    def finish(self, step: int) -> int:
+        """The last checkpoint, and a summary; returns the exit code."""
+        self.save(step)
         if self.args.track:
             self.wandb.finish()
-        if isinstance(error, Failure):
-            saved = (self.folder / "checkpoint.pt").exists()
-            raise Failure(f"{error}; {self.folder} {'is as last saved' if saved else 'has no checkpoint yet'}")
+        end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
+        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        return 128 + self.signal if self.signal else 0
 
 
-def open_envs(args: Args, count: int) -> list[gym.Env]:
-    """The environments, once the first has shown that the algorithm can serve it."""
-    try:
-        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
-        obs, _ = envs[0].reset(seed=args.seed)
-        if args.capture_video:
-            envs[0].render()
-    except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
-        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
-        raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
-    observed, acted = envs[0].observation_space, envs[0].action_space
-    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 or isinstance(envs[0], Atari)):
-        raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector, or an Atari game")
-    if np.shape(obs) != observed.shape:
-        raise Failure(f"{args.env_id} says that it observes {observed}, but observes {np.shape(obs)}: mend it")
-    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
-    if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
-        raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
-    return envs
-
-
-def record(env: gym.Env, folder: Path, name: str) -> gym.Env:
-    return gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=True)
-
-
-def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, state: dict, folder: Path) -> None:
-    """The n-th process. Sends the rows of metrics.csv, and its state where the parent asks all to pause."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells
+def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, folder: Path) -> None:
+    """The n-th process. Sends (T, numbers) for each row of metrics.csv, or in one line what the user can mend."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this
     warnings.filterwarnings("ignore", message=".*is out of date")
     torch.set_num_threads(1)  # a core of its own is all that an actor-learner has
-    with contextlib.suppress(ConnectionError, EOFError):  # of a parent that is no more
-        try:
-            env = make_env(args.env_id, args.capture_video and n == 0)
-            if args.capture_video and n == 0:
-                env = record(env, folder, f"step-{shared.T.value}")
-            device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-            agent = Agent(env.observation_space, env.action_space, args.lstm).to(device)
-            torch.manual_seed(seed)
-            actor, memory, losses = Actor(env), None, state.get("losses", [])
-            if state:
-                actor.reset(state["seed"], state["actions"].numpy())
-                if state["memory"] and len(actor.actions) == len(state["actions"]):  # or a new episode has begun
-                    memory = tuple(part.to(device) for part in state["memory"])
-                torch.set_rng_state(state["rng_state"])
-
-            def meet() -> bool:
-                """Sends what the checkpoint needs, waits until it is written; whether to go on"""
-                actions = torch.from_numpy(np.array(actor.actions))
-                parts = memory and tuple(part.cpu() for part in memory)
-                pipe.send(("state", {"memory": parts, "losses": losses, "seed": actor.seed, "actions": actions,
-                                     "rng_state": torch.get_rng_state()}))
-                return pipe.recv()
-
-            for T, memory, episode, learning_rate, loss in actor_learner(n, agent, actor, memory, shared, args):
-                losses.append(loss)
-                ended = T >= args.total_timesteps
-                if episode:
-                    pipe.send(("row", (T, dict(zip(METRICS, episode)))))
-                if len(losses) * args.t_max >= LOG_STEPS or ended:
-                    means = np.mean(losses, axis=0).tolist()
-                    pipe.send(("row", (T, {"charts/learning_rate": learning_rate, **dict(zip(METRICS[4:], means))})))
-                    losses = []
-                if (ended or shared.pause.value) and not meet():
-                    break
-            env.close()
-        except Exception as error:  # an environment may raise whatever it likes
-            pipe.send(("error", " ".join(str(error).split()) or repr(error)))
+    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    try:
+        env = make_env(args.env_id, args.capture_video and n == 0)
+        if args.capture_video and n == 0:
+            name = f"step-{shared.T.value}"
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=False)
+        agent = copy.deepcopy(shared.agent).to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        actor, losses = Actor(env, tqdm(disable=True)), []
+        for T, episode, learning_rate, loss in actor_learner(n, agent, actor, shared, args):
+            losses.append(loss)
+            if episode:
+                pipe.send((T, dict(zip(METRICS, episode))))
+            if len(losses) * args.t_max >= LOG_STEPS or T >= args.total_timesteps:
+                means = np.mean(losses, axis=0).tolist()
+                pipe.send((T, {"charts/learning_rate": learning_rate, **dict(zip(METRICS[4:], means))}))
+                losses = []
+        env.close()
+    except Failure as error:
+        pipe.send(str(error))
+    except ConnectionError:  # the parent is no more
+        pass
 
 
-class Workers:
-    """The actor-learners' processes, and a pipe to each."""
-
-    def __init__(self, args: Args, shared: Shared, states: list[dict], folder: Path):
-        self.shared, self.processes, self.pipes = shared, [], []
-        self.seen = list(shared.steps)
-        self.idle = [-math.inf] * args.num_workers  # seconds without a step, counted from its first one on
-        self.patience = [HANG_SECONDS] * args.num_workers
-        if args.capture_video:
-            self.patience[0] = VIDEO_SECONDS
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        for n, seed in enumerate(torch.randint(2**62, (args.num_workers,)).tolist()):
-            ours, theirs = mp.get_context("spawn").Pipe()
-            process = mp.get_context("spawn").Process(
-                target=work, args=(n, args, shared, theirs, seed, states[n], folder), daemon=True)
-            process.start()  # with Ctrl-C ignored, or it would end in a traceback of the child's
-            theirs.close()
-            self.processes.append(process)
-            self.pipes.append(ours)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def messages(self, paused: Container[int]) -> Iterator[tuple[int, str, object]]:
-        """(n, kind, content) of all that has come in, at the latest after a second"""
-        begun = time.monotonic()
-        wait([*self.pipes, *(process.sentinel for process in self.processes)], timeout=1)
-        for n, (process, pipe) in enumerate(zip(self.processes, self.pipes)):
-            alive = process.is_alive()
-            with contextlib.suppress(EOFError, OSError):  # of a process that is no more
-                while pipe.poll():
-                    yield n, *pipe.recv()
-            if not alive:
-                self.fail(n, f"died (exit code {process.exitcode})")
-            steps = self.shared.steps[n]
-            if steps != self.seen[n] or n in paused:
-                self.seen[n], self.idle[n] = steps, 0
-            self.idle[n] += min(time.monotonic() - begun, 1)  # time that all were stopped for (Ctrl-Z) doesn't count
-            if self.idle[n] > self.patience[n]:
-                self.fail(n, f"has taken no step for {self.patience[n]} seconds")
-
-    def fail(self, n: int, what: str) -> None:
-        raise Failure(f"worker {n} {what}")
-
-    def tell(self, go_on: bool) -> None:
-        for n, pipe in enumerate(self.pipes):
-            try:
-                pipe.send(go_on)
-            except OSError:
-                self.fail(n, "died")
-
-    def join(self) -> None:
-        """Lets all end by themselves, which takes a while where there is a video to write."""
-        for process in self.processes:
-            process.join(VIDEO_SECONDS)
-
-    def close(self) -> None:
-        for process in self.processes:
+def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
+    """Trains from the start or from a checkpoint; returns the exit code."""
+    step = checkpoint.get("global_step", 0)
+    if step >= args.total_timesteps:
+        raise Failure(f"--total-timesteps: more than {step}, which are over")
+    envs[0].close()  # each process makes its own
+    theta, context, N = as_vector([*agent.parameters()]).data, mp.get_context("spawn"), args.num_workers
+    shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
+    run = Run(args, folder, checkpoint, args.total_timesteps, agent=agent)
+    workers, seen, idle, stops = {}, [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
+    if masks := hasattr(signal, "pthread_sigmask"):  # a signal waits until all have started; they themselves never see it
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(n, args, shared, theirs, seed, folder), daemon=True)
+        process.start()
+        theirs.close()
+        workers[ours] = n, process
+    started = list(workers.values())
+    try:
+        with run.bar, contextlib.suppress(KeyboardInterrupt):
+            if masks:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+            while workers and not run.signal:
+                run.collecting, begun = True, time.monotonic()
+                ready = wait(workers, timeout=1)
+                run.collecting, passed = False, min(time.monotonic() - begun, 1)  # what Ctrl-Z takes doesn't count
+                for pipe in ready:
+                    try:
+                        message = pipe.recv()
+                    except (EOFError, OSError):  # closed as the process ended
+                        n, process = workers.pop(pipe)
+                        process.join()
+                        message = f"worker {n} ended with exit code {process.exitcode}" if process.exitcode else None
+                    if isinstance(message, str):
+                        raise Failure(message)
+                    if message:
+                        step = max(step, message[0])  # rows of several processes come in almost, not quite, in order
+                        run.log(step, message[1])
+                for n, _ in workers.values():
+                    idle[n] = idle[n] + passed if shared.steps[n] == seen[n] else 0
+                    seen[n] = shared.steps[n]
+                    if idle[n] > args.patience:
+                        raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
+                run.bar.update(shared.T.value - run.bar.n)
+                if time.time() > run.due:
+                    run.save(shared.T.value)
+    finally:
+        for _, process in started:
             process.kill()
             process.join()
+    return run.finish(shared.T.value)
 
 
-def train(args: Args, checkpoint: dict | None) -> int:
-    """Trains from the start or from a checkpoint; returns the signal that stopped it, or 0."""
-    (env,) = open_envs(args, 1)
-    agent = Agent(env.observation_space, env.action_space, args.lstm)
-    env.close()
-    theta, step, states = as_vector(agent.parameters()).data, 0, [{}] * args.num_workers
-    square_avg, steps = torch.zeros_like(theta), mp.get_context("spawn").RawArray("q", args.num_workers)
-    if checkpoint:
-        step, states = checkpoint["global_step"], checkpoint["workers"]
-        if step >= args.total_timesteps:
-            raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
-        agent.load_state_dict(checkpoint["agent"])
-        square_avg.copy_(checkpoint["square_avg"])
-        steps[:] = checkpoint["steps"]
-    agent.share_memory()
-    counter, pause = mp.get_context("spawn").Value("q", step), mp.get_context("spawn").RawValue("b", 0)
-    shared = Shared(agent, theta, square_avg.share_memory_(), counter, steps, pause)
-    with (Run(args, checkpoint) as run,
-          contextlib.closing(Workers(args, shared, states, run.folder)) as workers):
-        over, states = False, {}
-        while not over:
-            for n, kind, content in workers.messages(paused=states):
-                if kind == "row":
-                    T, metrics = content
-                    step = max(T, run.bar.n)  # those of several processes come in almost, not quite, in order
-                    sps = {"charts/SPS": run.sps(step)} if "losses/policy_loss" in metrics else {}
-                    run.log(step, metrics | sps)
-                elif kind == "state":
-                    states[n] = content
-                else:
-                    workers.fail(n, f"failed: {content}")
-            if states or run.signal or time.time() > run.due:
-                pause.value = 1
-            if len(states) == args.num_workers:
-                step = counter.value
-                over = step >= args.total_timesteps or run.signal  # what ends the run is saved before
-                run.save(step, {
-                    "agent": agent.state_dict(),
-                    "square_avg": square_avg,
-                    "steps": list(steps),
-                    "workers": [states[n] for n in range(args.num_workers)],
-                })
-                pause.value, states = 0, {}
-                workers.tell(not over)
-        workers.join()
-    run.summarize(step)
-    return run.signal
+def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
+    """Episodes without exploration, while nothing learns"""
+    returns = []
+    with tqdm(unit=" steps", leave=False) as bar, torch.no_grad():
+        for episode in range(episodes):
+            actor, memory, over = Actor(env, bar), None, False
+            while not over:
+                action, memory = agent.act(torch.from_numpy(actor.obs)[None], memory)
+                over = any(actor.step(action.numpy()[0])[2:])
+            returns.append(actor.episodic_return)
+            bar.write(f"episode {episode}: return {actor.episodic_return:.1f}, length {actor.length}")
+    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {episodes} episodes")
 
 
-def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes without exploration, while nothing learns"""
-    results = []
-    for episode in range(episodes):
-        actor, memory, over = Actor(env), None, False
-        while not over:
-            with torch.no_grad():
-                action, memory = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None], memory)
-            over = any(actor.step(action.numpy()[0])[2:])
-        results.append((actor.episodic_return, len(actor.actions)))
-        print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
-    return results
-
-
-def checkpoint_path(path: str) -> Path:
-    """A run's folder stands for the checkpoint in it."""
-    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-
-
-def load_checkpoint(path: str) -> dict:
-    if not checkpoint_path(path).is_file():
-        raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
+def settings() -> tuple[Args, Path, dict]:
+    """The command line, over the settings of the checkpoint that it names; the run's folder; the checkpoint, or {}"""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
+    paths = [path for path in (args.resume, args.evaluate) if path is not None]
+    if len(paths) > 1:
+        raise Failure("--resume and --evaluate: choose one")
+    if not paths:
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
+        return args, Path(args.runs_dir, re.sub("[/:]", "-", name)), {}
+    file = Path(paths[0], "checkpoint.pt") if Path(paths[0]).is_dir() else Path(paths[0])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
-            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
-            _ = script != SCRIPT or Args(**checkpoint["args"])
+        damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or checkpoint["script"] != SCRIPT:
+            raise ValueError
+        saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
-        raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
-    if script != SCRIPT:
-        raise Failure(f"{path} was made by {script}.py: go on with that script")
-    return checkpoint
-
-
-def check(args: Args) -> None:
-    rules = {
-        "--num-workers, --total-timesteps, --t-max, --eval-episodes: at least 1": min(
-            args.num_workers, args.total_timesteps, args.t_max, args.eval_episodes) >= 1,
-        "--learning-rate, --rms-eps: above 0, and finite": all(
-            0 < x < math.inf for x in (args.learning_rate, args.rms_eps)),
-        "--max-grad-norm: above 0": args.max_grad_norm > 0,
-        "--gamma, --rms-alpha: from 0 to 1": 0 <= args.gamma <= 1 and 0 <= args.rms_alpha <= 1,
-        "--ent-coef: at least 0": args.ent_coef >= 0,
-        "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,
-    }
-    if broken := [rule for rule, kept in rules.items() if not kept]:
-        raise Failure("; ".join(broken))
-
-
-def parse(default: Args) -> Args:
-    """The command line over `default`, with tyro's boxed complaints in one line."""
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            return tyro.cli(Args, default=default, description=__doc__.partition("\n")[0])
-        except SystemExit as end:
-            if not end.code:
-                raise
-    raise Failure(" ".join(re.findall(r"[^\s╭╮╰╯─│]+", box.getvalue().partition("\n")[2])))
+        raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
-        args, checkpoint = parse(Args()), None
-        if path := args.resume or args.evaluate:
-            checkpoint = load_checkpoint(path)
-            saved = Args(**checkpoint["args"])
-            args = parse(saved)
-            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
-            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
-                raise Failure(f"{path} has {' '.join(kept)}: leave them so")
-        check(args)
-        torch.manual_seed(args.seed)
-        if args.evaluate:
-            (env,) = open_envs(args, 1)
-            agent = Agent(env.observation_space, env.action_space, args.lstm)
-            agent.load_state_dict(checkpoint["agent"])
-            if args.capture_video:
-                env = record(env, checkpoint_path(path).parent, "evaluation")
-            returns, _ = zip(*evaluate(agent, env, args.eval_episodes))
+        args, folder, checkpoint = settings()
+        training, step = args.evaluate is None, checkpoint.get("global_step", 0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+        envs = [make_env(args.env_id, args.capture_video and not training)]
+        agent = Agent(envs[0].observation_space, envs[0].action_space, args.lstm)
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+            except RuntimeError:
+                raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
+        if args.capture_video and not training:
+            videos = str(folder / "videos")
+            envs[0] = gym.wrappers.RecordVideo(envs[0], videos, name_prefix="evaluation", disable_logger=False)
+        code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
+        for env in envs:
             env.close()
-            print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
-        elif number := train(args, checkpoint):
-            sys.exit(128 + number)
-    except (Failure, OSError) as error:
-        if isinstance(error, OSError):
-            error = (f"{error.filename or 'the disk'}: {error.strerror}; see that it has room and can be written to, or "
-                     "choose another --runs-dir")
-        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+    except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

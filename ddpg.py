@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
-#     "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
+#                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """DDPG: a deterministic policy climbs the slope that the critic's value has in the action; both learn off-policy.
@@ -47,7 +45,7 @@ Symbols     variable            shape     meaning
     N_t     noise               (N,A)     exploration noise of N actors; the slide's other N, the minibatch's, is B
     y_i     target              (B,)      what Q(s_i,a_i) should have been
     θ^μ,θ^Q theta_mu, theta_q   (P,)      parameters, a vector each
-    γ, τ    gamma, tau                    discount; how far the targets follow at each step
+    γ, τ                                  settings: see Args
 
 Departures from the slides
     DDPG-2    none has batch normalisation, which the paper adds to its networks.
@@ -57,20 +55,19 @@ Departures from the slides
 
 import contextlib
 import copy
-import csv
 import io
 import json
 import math
 import os
+import random
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
+import zipfile
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,7 +100,7 @@ class Args:
     noise_std: float = 0.1  # σ of the noise; actions range from -1 to 1
     ou_theta: float = 0.15  # share of the Ornstein-Uhlenbeck process that decays at each step
     gamma: float = 0.99  # γ: discount per step
-    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
+    cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under
@@ -113,53 +110,60 @@ class Args:
     evaluate: str | None = None  # run's folder or checkpoint to evaluate instead of training
     eval_episodes: int = 10  # episodes to evaluate
 
+    def __post_init__(self):
+        for name, x in vars(self).items():
+            may_be_0 = name in ("seed", "learning_starts", "tau", "noise_std", "ou_theta", "gamma")
+            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+                raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
+
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+class Failure(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The environment, rendering to pictures if asked."""
+    """The environment, if the algorithm can serve it, rendering to pictures if asked."""
+    if env_id.startswith("ALE/"):
+        raise Failure(f"{env_id} observes pictures: a3c.py learns from them, this script from vectors")
     if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        low, high = env.action_space.low, env.action_space.high
-        middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
-        env = gym.wrappers.TransformAction(env, lambda action: (middle + half * action).clip(low, high), unit)
-    return env
+    seen, done = env.observation_space, env.action_space
+    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
+    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and continuous and done.is_bounded()):
+        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an --env-id that observes a vector and takes "
+                      "a vector of floats with bounds, or another script: they take Discrete actions, or no bounds, too")
+    done.seed(np.random.randint(2**31))  # some environments draw from it
+    # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
+    middle, half = done.high / 2 + done.low / 2, done.high / 2 - done.low / 2
+    return gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
 
 
 class Actor:
-    """One of the N actors. Its seed and its actions so far are all it takes to bring a running episode back."""
+    """One of the N actors: an environment and its running episode."""
 
-    def __init__(self, env: gym.Env):
-        self.env = env
+    def __init__(self, env: gym.Env, bar: tqdm):
+        self.env, self.bar, self.shape = env, bar, env.observation_space.shape
         self.reset()
 
-    def reset(self, seed: int | None = None, actions: np.ndarray = ()) -> None:
-        """A new episode, or that of a checkpoint: its actions taken again."""
-        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
-        self.actions, self.episodic_return = [], 0.0
-        try:
-            self.obs, _ = self.env.reset(seed=self.seed)
-        except Exception as error:
-            raise blame(error)
-        for action in actions:
-            _, _, terminated, truncated = self.step(action)
-            if terminated or truncated:  # a simulator that doesn't repeat itself
-                return self.reset()
+    def reset(self) -> None:
+        obs, _ = self.env.reset(seed=torch.randint(2**31, ()).item())
+        self.obs = np.array(obs, np.float32).reshape(self.shape)
+        self.episodic_return, self.length = 0.0, 0
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
-        try:
-            self.obs, reward, terminated, truncated, _ = self.env.step(action)
-            self.episodic_return += float(reward)
-        except Exception as error:
-            raise blame(error)
-        self.actions.append(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.obs = np.array(obs, np.float32).reshape(self.shape)  # a copy: some environments write over their array
+        reward = np.asarray(reward).item()  # some return an array of one number
+        self.episodic_return += reward
+        self.length += 1
+        self.bar.update()
         return self.obs, reward, terminated, truncated
 
 
@@ -198,16 +202,14 @@ class Agent(nn.Module):
         return (self.actor(obs) + noise).clamp(-1, 1)
 
 
-def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
-
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    parameters = list(parameters)
-    sizes = [parameter.numel() for parameter in parameters]
-    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
+    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     theta.grad = torch.zeros_like(theta)
-    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
-        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    nn.utils.vector_to_parameters(theta.data, parameters)
+    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = grad.view_as(parameter)
     return theta
 
 
@@ -258,6 +260,8 @@ class Replay:
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         row = np.concatenate([obs, action, (reward,), next_obs, (terminated,)], dtype=np.float32)
+        if not np.isfinite(row).all():
+            raise Failure("the environment gave numbers that aren't finite: mend its observations or rewards")
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
 
@@ -266,29 +270,37 @@ class Replay:
         obs, action, reward, next_obs, terminated = self.rows[torch.randint(len(self), (size,))].split(self.widths, 1)
         return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self.rows[: len(self)].cpu().roll(-self.added, 0)}  # oldest first
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        rows = state["rows"][-len(self.rows) :]  # as many as the buffer holds now
+        self.rows[: len(rows)], self.added = rows, len(rows)
+
 
 @torch.no_grad()
-def collect(agent: Agent, actors: list[Actor], replay: Replay, noise: Tensor, args: Args) -> list[tuple[float, int]]:
+def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, step: int,
+            args: Args) -> list[tuple[float, int]]:
     """A step of each of the N actors; returns (return, length) of the episodes that ended."""
     episodes = []
     # [DDPG-4] for each episode: receive initial state s_1: an actor resets as its episode ends
     obs = np.array([actor.obs for actor in actors], np.float32)
     # [DDPG-5] for t = 1 to T do
-    if replay.added < args.learning_starts:
+    if step < args.learning_starts:
         # [DETAIL] At first actions are uniform: a policy that knows nothing would fill R with one kind of failure.
         actions = torch.rand(noise.shape) * 2 - 1
     else:
         # [DDPG-6] a_t = μ(s_t|θ^μ) + N_t
-        normal, decay = torch.randn(noise.shape).to(noise.device), args.ou_theta if args.noise == "ou" else 1.0
-        noise.copy_(ornstein_uhlenbeck(noise, normal, decay, args.noise_std))
-        actions = agent.act(torch.from_numpy(obs).to(replay.rows.device), noise).cpu()
+        decay = args.ou_theta if args.noise == "ou" else 1.0
+        noise.copy_(ornstein_uhlenbeck(noise, torch.randn(noise.shape), decay, args.noise_std))
+        actions = acting.act(torch.from_numpy(obs), noise)
     for n, (actor, s, a) in enumerate(zip(actors, obs, actions.numpy())):
         # [DDPG-7] execute a_t, observe r_t and s_{t+1}
         next_obs, reward, terminated, truncated = actor.step(a)
         # [DDPG-8] store (s_t, a_t, r_t, s_{t+1}) in R
         replay.add(s, a, reward, next_obs, terminated)
         if terminated or truncated:
-            episodes.append((actor.episodic_return, len(actor.actions)))
+            episodes.append((actor.episodic_return, actor.length))
             actor.reset()
             noise[n] = 0
     return episodes
@@ -299,7 +311,7 @@ def collect(agent: Agent, actors: list[Actor], replay: Replay, noise: Tensor, ar
 def update(agent: Agent, vectors: tuple[nn.Parameter, ...], actor_optimizer: torch.optim.Optimizer,
            critic_optimizer: torch.optim.Optimizer, replay: Replay, args: Args) -> Tensor:
     """One gradient step of critic and actor; returns their losses and the mean of Q."""
-    theta_mu, theta_q, target_mu, target_q = vectors
+    theta_mu, theta_q, target_mu, target_q, acting_mu = vectors
     # [DDPG-9] sample a minibatch of N transitions from R
     obs, action, reward, next_obs, terminated = replay.sample(args.batch_size)
     # [DDPG-10] y_i = r_i + γ Q'(s_{i+1}, μ'(s_{i+1}|θ^μ')|θ^Q')
@@ -321,6 +333,7 @@ def update(agent: Agent, vectors: tuple[nn.Parameter, ...], actor_optimizer: tor
     with torch.no_grad():
         target_q.copy_(soft_update(target_q, theta_q, args.tau))
         target_mu.copy_(soft_update(target_mu, theta_mu, args.tau))
+        acting_mu.copy_(theta_mu)
     # [DDPG-14] end for
     return torch.stack([-best_value.mean(), loss, value.mean()]).detach()
 
@@ -332,327 +345,187 @@ METRICS = (
     "losses/qf_values",
 )
 LOG_STEPS = 1000  # over which the losses of a row are averaged
-FIXED = ("env_id", "num_envs", "buffer_size")  # settings that hold for every use of a checkpoint
-CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
-
-
-class Failure(Exception):
-    """Something that the user can mend; shown as one line."""
-
-
-def blame(error: Exception) -> Failure:
-    """What an environment raised, which may be whatever it likes, and where."""
-    where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(f"{type(error).__name__}: {error}".split())
-    return Failure(f"the environment failed in line {where.lineno} of {Path(where.filename).name}: {text}")
-
-
-def new_folder(args: Args) -> Path:
-    while True:
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
-            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
+CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the replay buffer takes a while to write
 
 
 class Run:
-    """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
+    """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, checkpoint: dict | None):
-        self.args, self.signal = args, 0
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+        self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
+        self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
+        folder.mkdir(parents=True, exist_ok=True)
+        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
+        versions = {name: module.__version__ for name, module in used.items() if module}
+        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
+        if self.metrics.seek(0, os.SEEK_END) == 0:
+            print("global_step", *METRICS, sep=",", file=self.metrics)
+        if args.track:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+        print(f"run: {folder}", flush=True)
+        self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
-        if checkpoint:
-            self.folder = checkpoint_path(args.resume).parent
-        else:
-            self.folder = new_folder(args)
-        if args.track:
-            self.wandb = self.start_wandb()
-        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
-        self.write("config.json", json.dumps(config, indent=2).encode())
-        self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
-        if checkpoint:  # the rows after the checkpoint will be made again
-            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
-            self.metrics.seek(0, os.SEEK_END)  # or a save before the next row would count those that were just cut
-        self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
-        if self.metrics.tell() == 0:
-            self.writer.writeheader()
-        step = checkpoint["global_step"] if checkpoint else 0
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
-        self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
-
-    def start_wandb(self) -> "wandb.Run":
-        try:
-            import wandb
-
-            name, project, entity = self.folder.name, self.args.wandb_project_name, self.args.wandb_entity
-            tracked = wandb.init(project=project, entity=entity, config=asdict(self.args), id=name, name=name,
-                                 dir=self.folder, resume="allow")
-        except Exception as error:
-            if not self.args.resume:
-                shutil.rmtree(self.folder)
-            raise Failure(f"--track fails ({' '.join(str(error).split())}): log in, or set WANDB_MODE=offline")
-        tracked.define_metric("*", step_metric="global_step")
-        return tracked
 
     def stop(self, number: int, _frame) -> None:
-        """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
+        """Stops at once while actors collect; otherwise when what they have collected is learned."""
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.collecting:
+            self.collecting = False
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: an episode that ended at this step, or an iteration that did."""
         if not all(map(math.isfinite, metrics.values())):
-            raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
-                          "environment's observations and rewards")
-        row = {"global_step": step, **metrics}
-        self.writer.writerow(row)
-        if self.args.track:
-            self.wandb.log(row)
+            raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
-        self.bar.total = max(self.bar.total, step)  # an algorithm of whole episodes takes a few steps more
-        self.bar.update(step - self.bar.n)
+        else:
+            metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+        print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
+        self.unsent += [{"global_step": step, **metrics}] * self.args.track
 
-    def sps(self, step: int) -> int:
-        return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+    def save(self, step: int) -> None:
+        """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "metrics_size": self.metrics.tell()}
+        buffer = io.BytesIO()  # as torch would hide a disk's errors
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        with open(self.folder / "checkpoint.partial", "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        while self.unsent:  # only now, or a run that is killed and resumed would send these rows twice
+            self.wandb.log(self.unsent.pop(0))
+        self.due = time.time() + CHECKPOINT_SECONDS
 
-    def save(self, step: int, state: dict) -> None:
-        begun = time.time()
-        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "returns": list(self.returns)}
-        state["metrics_size"] = self.metrics.tell()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write("checkpoint.pt", buffer.getbuffer())
-        self.due = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - begun))
-
-    def write(self, name: str, data: bytes | memoryview) -> None:
-        """A crash or a full disk leaves the old file or the new one, never half of one."""
-        partial = self.folder / f"{name}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def summarize(self, step: int) -> None:
-        print(f"{step} steps, {self.sps(step)} steps/s{', stopped early' if self.signal else ''}")
-        if self.returns:
-            mean, std, count = np.mean(self.returns), np.std(self.returns), len(self.returns)
-            print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        self.bar.close()
-        self.metrics.close()
+    def finish(self, step: int) -> int:
+        """The last checkpoint, and a summary; returns the exit code."""
+        self.save(step)
         if self.args.track:
             self.wandb.finish()
-        if isinstance(error, Failure):
-            saved = (self.folder / "checkpoint.pt").exists()
-            raise Failure(f"{error}; {self.folder} {'is as last saved' if saved else 'has no checkpoint yet'}")
+        end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
+        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        return 128 + self.signal if self.signal else 0
 
 
-def open_envs(args: Args, count: int) -> list[gym.Env]:
-    """The environments, once the first has shown that the algorithm can serve it."""
-    try:
-        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
-        obs, _ = envs[0].reset(seed=args.seed)
-        if args.capture_video:
-            envs[0].render()
-    except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
-        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
-        raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
-    observed, acted = envs[0].observation_space, envs[0].action_space
-    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
-        raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
-    if np.shape(obs) != observed.shape:
-        raise Failure(f"{args.env_id} says that it observes {observed}, but observes {np.shape(obs)}: mend it")
-    if not (isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"):
-        raise Failure(f"{args.env_id} takes {acted}, and DDPG a vector of numbers: choose another --env-id, or for "
-                      "Discrete actions reinforce.py, a3c.py, trpo.py, ppo_clip.py or ppo_kl.py")
-    if not acted.is_bounded():
-        raise Failure(f"{args.env_id} takes {acted}, and DDPG needs bounds to explore within: choose another --env-id")
-    return envs
-
-
-def record(env: gym.Env, folder: Path, name: str) -> gym.Env:
-    return gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=True)
-
-
-def train(args: Args, checkpoint: dict | None) -> int:
-    """Iterates from the start or from a checkpoint; returns the signal that stopped it, or 0."""
+def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
+    """Iterates from the start or from a checkpoint; returns the exit code."""
+    step, batch_size = checkpoint.get("global_step", 0), args.num_envs
+    end = args.total_timesteps - (args.total_timesteps - step) % batch_size
+    if end <= step:
+        raise Failure(f"--total-timesteps: at least {step + batch_size}, one iteration beyond step {step}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    envs = open_envs(args, args.num_envs)
-    agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
-    networks = agent.actor, agent.critic, agent.target_actor, agent.target_critic
-    vectors = tuple(as_vector(network.parameters()) for network in networks)
-    actor_optimizer = torch.optim.Adam([vectors[0]], lr=args.actor_lr, fused=True)
-    critic_optimizer = torch.optim.Adam([vectors[1]], lr=args.critic_lr, fused=True)
+    acting = copy.deepcopy(agent)  # stays on the CPU
+    agent.to(device)
+    networks = agent.actor, agent.critic, agent.target_actor, agent.target_critic, acting.actor
+    vectors = tuple(as_vector([*network.parameters()]) for network in networks)
+    actor_optimizer = torch.optim.Adam([vectors[0]], fused=True)
+    critic_optimizer = torch.optim.Adam([vectors[1]], fused=True)
     S, A = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    try:
-        replay, noise = Replay(args.buffer_size, S, A, device), torch.zeros(args.num_envs, A, device=device)
-    except RuntimeError:
-        raise Failure(f"there is no memory for --buffer-size {args.buffer_size}: lower it")
-    step, losses = 0, []
-    if checkpoint:
-        step = checkpoint["global_step"]
-        if step + args.num_envs > args.total_timesteps:
-            raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
-        agent.load_state_dict(checkpoint["agent"])
-        actor_optimizer.load_state_dict(checkpoint["actor_optimizer"])
-        critic_optimizer.load_state_dict(checkpoint["critic_optimizer"])
-        actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.actor_lr, args.critic_lr
-        replay.added = step
-        replay.rows[:len(replay)] = checkpoint["replay"]
-        noise, losses = checkpoint["noise"].to(device), [*checkpoint["losses"].to(device)]
-    with Run(args, checkpoint) as run:
-        if args.capture_video:
-            envs[0] = record(envs[0], run.folder, f"step-{step}")
-        actors = [Actor(env) for env in envs]
+    replay, noise, losses = Replay(args.buffer_size, S, A, device), torch.zeros(args.num_envs, A), []
+    parts = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "replay": replay}
+    for name, part in parts.items():
         if checkpoint:
-            for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
-                actor.reset(seed, actions.numpy())
-            torch.set_rng_state(checkpoint["rng_state"])
-        over = False
-        while not over:
-            episodes = collect(agent, actors, replay, noise, args)
-            step += args.num_envs
+            part.load_state_dict(checkpoint[name])
+    actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.actor_lr, args.critic_lr
+    run = Run(args, folder, checkpoint, end, agent=agent, **parts)
+
+    def log_losses() -> None:
+        if losses:
+            run.log(step, dict(zip(METRICS[3:], torch.stack(losses).mean(0).tolist())))
+            losses.clear()
+
+    with run.bar, contextlib.suppress(KeyboardInterrupt):
+        actors = [Actor(env, run.bar) for env in envs]
+        while step < end and not run.signal:
+            run.collecting = True
+            episodes = collect(acting, actors, replay, noise, step, args)
+            run.collecting = False
+            step += batch_size
             for episodic_return, length in episodes:
                 run.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
             if step > args.learning_starts:
                 losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args) for _ in actors]
-            ended = step + args.num_envs > args.total_timesteps
-            over = ended or run.signal  # what ends the run is saved before
-            if losses and (step % LOG_STEPS < args.num_envs or ended):
-                means = torch.stack(losses).mean(0).tolist()
-                run.log(step, {"charts/SPS": run.sps(step), **dict(zip(METRICS[3:], means))})
-                losses = []
-            if over or time.time() > run.due:
-                filled = replay.rows[:len(replay)].cpu().numpy()  # by way of NumPy, or the rest would be saved with it
-                if not (np.isfinite(filled).all() and all(loss.isfinite().all() for loss in losses)):
-                    raise Failure(f"the numbers before step {step} aren't finite: lower the learning rate, or look for "
-                                  "NaN in the environment's observations and rewards")
-                run.save(step, {
-                    "agent": agent.state_dict(),
-                    "actor_optimizer": actor_optimizer.state_dict(),
-                    "critic_optimizer": critic_optimizer.state_dict(),
-                    "replay": torch.from_numpy(filled),
-                    "noise": noise,
-                    "losses": torch.stack(losses) if losses else torch.empty(0, 3),
-                    "rng_state": torch.get_rng_state(),
-                    "running_episodes": [(a.seed, torch.from_numpy(np.array(a.actions))) for a in actors],
-                })
-        for env in envs:
-            env.close()
-    run.summarize(step)
-    return run.signal
+            if step % LOG_STEPS < batch_size:
+                log_losses()  # before a save, as they tell whether the networks are finite
+                if time.time() > run.due:
+                    run.save(step)
+    log_losses()
+    return run.finish(step)
 
 
-def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes without exploration, while nothing learns"""
-    results = []
-    for episode in range(episodes):
-        actor, over = Actor(env), False
-        while not over:
-            with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
-            over = any(actor.step(action)[2:])
-        results.append((actor.episodic_return, len(actor.actions)))
-        print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
-    return results
+def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
+    """Episodes without exploration, while nothing learns"""
+    returns = []
+    with tqdm(unit=" steps", leave=False) as bar, torch.no_grad():
+        for episode in range(episodes):
+            actor, over = Actor(env, bar), False
+            while not over:
+                over = any(actor.step(agent.act(torch.from_numpy(actor.obs)[None]).numpy()[0])[2:])
+            returns.append(actor.episodic_return)
+            bar.write(f"episode {episode}: return {actor.episodic_return:.1f}, length {actor.length}")
+    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {episodes} episodes")
 
 
-def checkpoint_path(path: str) -> Path:
-    """A run's folder stands for the checkpoint in it."""
-    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-
-
-def load_checkpoint(path: str) -> dict:
-    if not checkpoint_path(path).is_file():
-        raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
+def settings() -> tuple[Args, Path, dict]:
+    """The command line, over the settings of the checkpoint that it names; the run's folder; the checkpoint, or {}"""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
+    paths = [path for path in (args.resume, args.evaluate) if path is not None]
+    if len(paths) > 1:
+        raise Failure("--resume and --evaluate: choose one")
+    if not paths:
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
+        return args, Path(args.runs_dir, re.sub("[/:]", "-", name)), {}
+    file = Path(paths[0], "checkpoint.pt") if Path(paths[0]).is_dir() else Path(paths[0])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
-            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
-            _ = script != SCRIPT or Args(**checkpoint["args"])
+        damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or checkpoint["script"] != SCRIPT:
+            raise ValueError
+        saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
-        raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
-    if script != SCRIPT:
-        raise Failure(f"{path} was made by {script}.py: go on with that script")
-    return checkpoint
-
-
-def check(args: Args) -> None:
-    rules = {
-        "--num-envs, --buffer-size, --batch-size, --eval-episodes: at least 1": min(
-            args.num_envs, args.buffer_size, args.batch_size, args.eval_episodes) >= 1,
-        "--total-timesteps: at least --num-envs": args.total_timesteps >= args.num_envs,
-        "--learning-starts: at least 0": args.learning_starts >= 0,
-        "--actor-lr, --critic-lr: above 0, and finite": all(0 < x < math.inf for x in (args.actor_lr, args.critic_lr)),
-        "--noise-std: at least 0, and finite": 0 <= args.noise_std < math.inf,
-        "--gamma, --tau, --ou-theta: from 0 to 1": all(0 <= x <= 1 for x in (args.gamma, args.tau, args.ou_theta)),
-        "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,
-    }
-    if broken := [rule for rule, kept in rules.items() if not kept]:
-        raise Failure("; ".join(broken))
-
-
-def parse(default: Args) -> Args:
-    """The command line over `default`, with tyro's boxed complaints in one line."""
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            return tyro.cli(Args, default=default, description=__doc__.partition("\n")[0])
-        except SystemExit as end:
-            if not end.code:
-                raise
-    raise Failure(" ".join(re.findall(r"[^\s╭╮╰╯─│]+", box.getvalue().partition("\n")[2])))
+        raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
-        args, checkpoint = parse(Args()), None
-        if path := args.resume or args.evaluate:
-            checkpoint = load_checkpoint(path)
-            saved = Args(**checkpoint["args"])
-            args = parse(saved)
-            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
-            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
-                raise Failure(f"{path} has {' '.join(kept)}: leave them so")
-        check(args)
-        torch.manual_seed(args.seed)
-        if args.evaluate:
-            (env,) = open_envs(args, 1)
-            agent = Agent(env.observation_space, env.action_space)
-            agent.load_state_dict(checkpoint["agent"])
-            if args.capture_video:
-                env = record(env, checkpoint_path(path).parent, "evaluation")
-            returns, _ = zip(*evaluate(agent, env, args.eval_episodes))
+        args, folder, checkpoint = settings()
+        training, step = args.evaluate is None, checkpoint.get("global_step", 0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(args.num_envs if training else 1)]
+        agent = Agent(envs[0].observation_space, envs[0].action_space)
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+            except RuntimeError:
+                raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
+        if args.capture_video:
+            name = f"step-{step}" if training else "evaluation"
+            envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), name_prefix=name, disable_logger=False)
+        code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
+        for env in envs:
             env.close()
-            print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
-        elif number := train(args, checkpoint):
-            sys.exit(128 + number)
-    except (Failure, OSError) as error:
-        if isinstance(error, OSError):
-            error = (f"{error.filename or 'the disk'}: {error.strerror}; see that it has room and can be written to, or "
-                     "choose another --runs-dir")
-        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+    except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

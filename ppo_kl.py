@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
-#     "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7", "numpy==2.2.6",
+#                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """PPO with the KL penalty: several epochs on the same data, at a price of β for every nat that the policy moves.
@@ -30,9 +28,8 @@ Symbols     variable            shape     meaning
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
     Â_t     advantages          (T,N)     how much better a_t was than the policy's average action
     θ       theta               (P,)      parameters of the policy and of the value function, one vector
-    γ, λ    gamma, gae_lambda             discount; how far the advantage looks before it trusts V
     β       agent.beta                    price of the KL, adapted so that the KL per iteration stays near d_targ nats
-    K       update_epochs                 passes over the T·N steps of an iteration, by minibatches
+    N, T, K, γ, λ, d_targ                 settings: see Args
 
 Departures from the slides
     PPO-ADV   is the λ = 1 case of the λ-weighted sum here (GAE, arXiv:1506.02438); λ < 1 trades variance for bias.
@@ -42,23 +39,21 @@ Departures from the slides
 
 import contextlib
 import copy
-import csv
 import io
 import json
 import math
 import os
+import random
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Iterable
+import zipfile
+from collections import deque, namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -79,18 +74,18 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_envs: int = 8  # N: actors, each with an environment of its own
     num_steps: int = 256  # T: steps that each actor collects per iteration
-    minibatch_size: int = 64  # steps per gradient; divides N·T
+    minibatch_size: int = 64  # steps per gradient
     update_epochs: int = 10  # K: passes over the N·T steps of an iteration
     learning_rate: float = 3e-4  # Adam's step size at the start
     anneal_lr: bool = True  # lower the step size linearly to 0 over the run
     gamma: float = 0.99  # γ: discount per step
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the slide's sum, 0 the one-step TD error
-    beta: float = 1.0  # β at the start: price of each nat of KL; 0: neither clipping nor penalty (L^CPI)
+    beta: float = 1.0  # β at the start: price of each nat of KL
     adapt_beta: bool = True  # halve or double β to keep the KL near d_targ
     d_targ: float = 0.01  # KL per iteration, in nats, that β is adapted to
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
     max_grad_norm: float = 0.5  # length that a gradient is shortened to; inf: never
-    cuda: bool = False  # run on the GPU if there is one; networks this small are faster on the CPU
+    cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
     wandb_entity: str | None = None  # user or team to track under
@@ -100,62 +95,72 @@ class Args:
     evaluate: str | None = None  # run's folder or checkpoint to evaluate instead of training
     eval_episodes: int = 10  # episodes to evaluate
 
+    def __post_init__(self):
+        for name, x in vars(self).items():
+            may_be_0 = name in ("seed", "gamma", "gae_lambda", "ent_coef", "beta")
+            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+                raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
+
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+class Failure(Exception):
+    """Something that the user can mend; shown as one line."""
+
+
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The environment, rendering to pictures if asked."""
+    """The environment, if the algorithm can serve it, rendering to pictures if asked."""
+    if env_id.startswith("ALE/"):
+        raise Failure(f"{env_id} observes pictures: a3c.py learns from them, this script from vectors")
     if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
+    seen, done = env.observation_space, env.action_space
+    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
+    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
+    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and (continuous or discrete)):
+        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an --env-id that observes a vector and takes "
+                      "a vector of floats or Discrete actions from 0")
+    done.seed(np.random.randint(2**31))  # some environments draw from it
+    if continuous:
         # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        low, high = env.action_space.low, env.action_space.high
-        middle, half, unit = (high + low) / 2, (high - low) / 2, gym.spaces.Box(-1, 1, low.shape, low.dtype)
-        env = gym.wrappers.TransformAction(env, lambda action: (middle + half * action).clip(low, high), unit)
+        bounded = np.isfinite(done.low) & np.isfinite(done.high)
+        low, high = np.where(bounded, done.low, -1), np.where(bounded, done.high, 1)
+        middle, half = high / 2 + low / 2, high / 2 - low / 2
+        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
     return env
 
 
 class Actor:
-    """One of the N actors. Its seed and its actions so far are all it takes to bring a running episode back."""
+    """One of the N actors: an environment and its running episode."""
 
-    def __init__(self, env: gym.Env):
-        self.env = env
+    def __init__(self, env: gym.Env, bar: tqdm):
+        self.env, self.bar, self.shape = env, bar, env.observation_space.shape
         self.reset()
 
-    def reset(self, seed: int | None = None, actions: np.ndarray = ()) -> None:
-        """A new episode, or that of a checkpoint: its actions taken again."""
-        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
-        self.actions, self.episodic_return = [], 0.0
-        try:
-            self.obs, _ = self.env.reset(seed=self.seed)
-        except Exception as error:
-            raise blame(error)
-        for action in actions:
-            _, _, terminated, truncated = self.step(action)
-            if terminated or truncated:  # a simulator that doesn't repeat itself
-                return self.reset()
+    def reset(self) -> None:
+        obs, _ = self.env.reset(seed=torch.randint(2**31, ()).item())
+        self.obs = np.array(obs, np.float32).reshape(self.shape)
+        self.episodic_return, self.length = 0.0, 0
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """a_t → s_{t+1}, r_t, terminated (s_{t+1} has no future), truncated (it has one that we don't see)"""
-        try:
-            self.obs, reward, terminated, truncated, _ = self.env.step(action)
-            self.episodic_return += float(reward)
-        except Exception as error:
-            raise blame(error)
-        self.actions.append(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.obs = np.array(obs, np.float32).reshape(self.shape)  # a copy: some environments write over their array
+        reward = np.asarray(reward).item()  # some return an array of one number
+        self.episodic_return += reward
+        self.length += 1
+        self.bar.update()
         return self.obs, reward, terminated, truncated
 
 
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """inputs → 64 → 64 → outputs, with tanh between.
-
-    [DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
     layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
     for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
@@ -171,7 +176,6 @@ class RunningNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -182,13 +186,12 @@ class RunningNorm(nn.Module):
         var, delta = (x - mean).square().mean(0), mean - self.mean
         self.mean += weight * delta
         self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
-        self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # what has hardly moved is near 0 / 0
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y * self.std + self.mean
+        return y * (self.var + 1e-8).sqrt() + self.mean
 
 
 class Agent(nn.Module):
@@ -210,80 +213,55 @@ class Agent(nn.Module):
         shape = (*shape, self.actor[-1].out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
-        return torch.randn(shape) * self.log_std.cpu().exp()  # drawn on the CPU: the same numbers on every device
+        return torch.randn(shape) * self.log_std.exp()
 
     def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """(N,S) → (N[,A]): an action drawn from πθ(·|s); without noise the most probable one"""
         output = self.actor(self.obs_norm(obs)) + noise
         return output.argmax(-1) if self.discrete else output
 
-    def log_prob(self, output: Tensor, action: Tensor) -> Tensor:
-        """actor's output (B,A), action (B[,A]) → log πθ(a|s) (B,)"""
-        if self.discrete:
-            return softmax_log_prob(output, action)
-        return gaussian_log_prob(output, self.log_std, action)
 
-    def entropy(self, output: Tensor) -> Tensor:
-        """actor's output (B,A) → mean entropy of πθ(·|s), in nats"""
-        return softmax_entropy(output).mean() if self.discrete else gaussian_entropy(self.log_std)
-
-    def kl(self, old: tuple[Tensor, Tensor | None], output: Tensor) -> Tensor:
-        """actor's (output, log_std) of θ_old, and its output (B,A) → KL[πθ_old(·|s), πθ(·|s)] (B,)"""
-        return softmax_kl(old[0], output) if self.discrete else gaussian_kl(*old, output, self.log_std)
-
-    def value(self, x: Tensor) -> Tensor:
-        """normalised obs x (B,S) → V(s) (B,), in the rewards' unit"""
-        return self.value_norm.inverse(self.critic(x).squeeze(-1))
-
-
-def as_vector(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """θ: one vector, of which the parameters become views, and their gradients views of its gradient.
-
-    [DETAIL] An optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    parameters = list(parameters)
-    sizes = [parameter.numel() for parameter in parameters]
-    theta = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
+    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
+    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     theta.grad = torch.zeros_like(theta)
-    for parameter, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
-        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    nn.utils.vector_to_parameters(theta.data, parameters)
+    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = grad.view_as(parameter)
     return theta
 
 
 # ── Mathematics ───────────────────────────────────────────────────────────────────────────────────────────────────
 # Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log N(a; μ, σ²) = Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π;   mean, action (B,A), log_std (A,) → (B,)"""
-    z = (action - mean) * (-log_std).exp()
-    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
+    """log πθ(a|s) of a Gaussian, Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π, or a softmax, f_θ(s,a) − log Σ_a' exp f_θ(s,a').
+
+    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    if log_std is None:
+        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    z = (action - output) * (-log_std).exp()
+    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """H = Σ_A log σ + ½ log 2πe in nats;   log_std (A,) → ()"""
-    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * log_std.numel()
+def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
+    """Mean entropy of πθ(·|s) in nats: Σ_A log σ + ½ log 2πe, or −Σ_a π log π;   arguments as of log_prob → ()"""
+    if log_std is None:
+        log_probs = output.log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum(-1).mean()
+    return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(log_std)
 
 
-def softmax_log_prob(scores: Tensor, action: Tensor) -> Tensor:
-    """log πθ(a|s) = f_θ(s,a) − log Σ_a' exp f_θ(s,a');   scores (B,A), action (B,) → (B,)"""
-    return scores.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+def kl_divergence(p: Tensor, log_std_p: Tensor | None, q: Tensor, log_std_q: Tensor | None) -> Tensor:
+    """D_KL(p ‖ q) in nats: Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½, or Σ_a p (log p − log q).
 
-
-def softmax_entropy(scores: Tensor) -> Tensor:
-    """H = −Σ_a π log π in nats;   scores (B,A) → (B,)"""
-    log_probs = scores.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """D_KL(p ‖ q) = Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½ in nats;   means (B,A), log_stds (A,) → (B,)"""
-    squares = (2 * log_std_p).exp() + (mean_p - mean_q).square()
+    actor's outputs p, q (B,A), log_stds (A,) or None of a softmax → (B,)"""
+    if log_std_p is None:
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    squares = (2 * log_std_p).exp() + (p - q).square()
     return (log_std_q - log_std_p + 0.5 * squares * (-2 * log_std_q).exp() - 0.5).sum(-1)
-
-
-def softmax_kl(scores_p: Tensor, scores_q: Tensor) -> Tensor:
-    """D_KL(p ‖ q) = Σ_a p (log p − log q) in nats;   scores (B,A) → (B,)"""
-    log_p, log_q = scores_p.log_softmax(-1), scores_q.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def penalized_surrogate(ratio: Tensor, advantage: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
@@ -295,10 +273,10 @@ def adapted_beta(beta: Tensor, kl: Tensor, d_targ: float) -> Tensor:
     """β for the next iteration, from the KL (B,) of this one's steps (paper, section 4)"""
     d = kl.mean()  # [PPO-BETA-1]
     if d < d_targ / 1.5:  # [PPO-BETA-2]
-        return beta / 2
+        beta = beta / 2
     if d > d_targ * 1.5:  # [PPO-BETA-3]
-        return beta * 2
-    return beta
+        beta = beta * 2
+    return beta.clamp(1e-6, 1e6)  # [DETAIL] from 0 or inf there would be no way back
 
 
 def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
@@ -316,86 +294,81 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-class Rollout(NamedTuple):
-    obs: Tensor  # (T,N,S) and so on, as in the table above
-    actions: Tensor
-    rewards: Tensor
-    next_obs: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    episodes: list[tuple[int, float, int]]  # of those that ended: steps into the rollout, return, length
+# Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length
+Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes")
 
 
 @torch.no_grad()
-def collect(agent: Agent, actors: list[Actor], T: int, device: torch.device) -> Rollout:
+def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
     """[PPO-1] N actors collect T steps each with π_θold."""
-    N, S = len(actors), agent.obs_norm.mean.shape[0]
+    N, S = len(actors), len(old.obs_norm.mean)
     obs, next_obs = np.zeros((2, T, N, S), np.float32)
     rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
-    noise, actions, episodes = agent.noise(T, N).to(device), [], []
+    noise, actions, episodes = old.noise(T, N), [], []
     for t in range(T):
         obs[t] = [actor.obs for actor in actors]
-        actions.append(agent.act(torch.from_numpy(obs[t]).to(device), noise[t]))
-        for n, (actor, action) in enumerate(zip(actors, actions[t].cpu().numpy())):
+        actions.append(old.act(torch.from_numpy(obs[t]), noise[t]))
+        for n, (actor, action) in enumerate(zip(actors, actions[t].numpy())):
             next_obs[t, n], rewards[t, n], terminated[t, n], truncated[t, n] = actor.step(action)
             if terminated[t, n] or truncated[t, n]:
-                episodes.append(((t + 1) * N, actor.episodic_return, len(actor.actions)))
+                episodes.append(((t + 1) * N, actor.episodic_return, actor.length))
                 actor.reset()
     arrays = obs, torch.stack(actions), rewards, next_obs, terminated, truncated
-    return Rollout(*(torch.as_tensor(x, device=device) for x in arrays), episodes)
+    return Rollout(*map(torch.as_tensor, arrays), episodes)
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def update(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict:
+def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout,
+           args: Args) -> dict[str, float]:
     """One iteration's learning, from a rollout to the mean losses of its minibatches."""
+    obs, actions, rewards, next_obs, terminated, truncated = (x.to(theta.device) for x in rollout[:6])
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
     # The price: π_θold below sees these statistics too, a little newer than those that the actors acted by.
-    agent.obs_norm.update(rollout.obs.flatten(0, 1))
+    agent.obs_norm.update(obs.flatten(0, 1))
     with torch.no_grad():
         # [PPO-2] compute Â_t for every step
-        x, next_x = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
-        values, next_values = agent.value(x), agent.value(next_x)
-        advantages = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.truncated,
-                         args.gamma, args.gae_lambda)
+        x, next_x = agent.obs_norm(obs), agent.obs_norm(next_obs)
+        values, next_values = (agent.value_norm.inverse(agent.critic(y).squeeze(-1)) for y in (x, next_x))
+        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
         # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-        old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)  # π_θold, before θ moves
-        old_log_probs = agent.log_prob(old_output, rollout.actions)
-    targets = agent.value_norm(returns)
-    batch = [y.flatten(0, 1) for y in (x, rollout.actions, old_log_probs, old_output, advantages, targets)]
+        old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)  # of π_θold, before θ moves
+        old_log_probs = log_prob(old_output, old_log_std, actions)
+    batch = [y.flatten(0, 1) for y in (x, actions, old_log_probs, old_output, advantages, agent.value_norm(returns))]
 
     # [PPO-3] for K epochs over minibatches: update θ by L^KLPEN
     losses = []
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch[0]))
         minibatches = zip(*(y[shuffled].split(args.minibatch_size) for y in batch))
-        for x, action, old_log_prob, old_output, advantage, target in minibatches:
-            output = agent.actor(x)
-            ratio = (agent.log_prob(output, action) - old_log_prob).exp()  # r_t(θ)
-            kl = agent.kl((old_output, old_log_std), output)
+        for mb_x, action, old_log_prob, mb_old, advantage, target in minibatches:
+            output = agent.actor(mb_x)
+            ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()  # r_t(θ)
+            kl = kl_divergence(mb_old, old_log_std, output, agent.log_std)
             policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()
-            value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
+            value_loss = 0.5 * (agent.critic(mb_x).squeeze(-1) - target).square().mean()
             loss = policy_loss + 0.5 * value_loss  # [DETAIL] one step for both networks (paper, eq. 9)
             if args.ent_coef:
-                loss = loss - args.ent_coef * agent.entropy(output)
+                loss = loss - args.ent_coef * entropy(output, agent.log_std)
             theta.grad.zero_()
             loss.backward()
             theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
             optimizer.step()
             losses.append(torch.stack([policy_loss, value_loss]).detach())
 
-    # [PPO-4] θ_old ← θ: the next rollout is collected with the new θ
+    # [PPO-4] θ_old ← θ
+    old.load_state_dict(agent.state_dict())
     with torch.no_grad():
-        output = agent.actor(batch[0])
-        kl = agent.kl((batch[3], old_log_std), output)
+        output = agent.actor(x)
+        kl = kl_divergence(old_output, old_log_std, output, agent.log_std)
         policy_loss, value_loss = torch.stack(losses).mean(0)
         metrics = {
             "losses/policy_loss": policy_loss,
             "losses/value_loss": value_loss,
-            "losses/entropy": agent.entropy(output),
+            "losses/entropy": entropy(output, agent.log_std),
             "losses/kl": kl.mean(),
             "losses/beta": agent.beta.clone(),
             "losses/explained_variance": 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8),
@@ -411,309 +384,176 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy", "losses/kl", "losses/beta", "losses/explained_variance",
 )
-FIXED = ("env_id", "num_envs")  # settings that hold for every use of a checkpoint
-CHECKPOINT_SECONDS = 10  # what a crash costs at most, or 20 times what it takes to save
-
-
-class Failure(Exception):
-    """Something that the user can mend; shown as one line."""
-
-
-def blame(error: Exception) -> Failure:
-    """What an environment raised, which may be whatever it likes, and where."""
-    where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(f"{type(error).__name__}: {error}".split())
-    return Failure(f"the environment failed in line {where.lineno} of {Path(where.filename).name}: {text}")
-
-
-def new_folder(args: Args) -> Path:
-    while True:
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
-            time.sleep(0.1)  # of two runs that start in the same second, one waits for the next
+CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 
 class Run:
-    """A run's folder, its progress bar, and the signal that asked it to stop, if one did."""
+    """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, checkpoint: dict | None):
-        self.args, self.signal = args, 0
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+        self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
+        self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
+        folder.mkdir(parents=True, exist_ok=True)
+        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
+        versions = {name: module.__version__ for name, module in used.items() if module}
+        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
+        if self.metrics.seek(0, os.SEEK_END) == 0:
+            print("global_step", *METRICS, sep=",", file=self.metrics)
+        if args.track:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+        print(f"run: {folder}", flush=True)
+        self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        self.returns = deque(checkpoint["returns"] if checkpoint else (), maxlen=100)
-        if checkpoint:
-            self.folder = checkpoint_path(args.resume).parent
-        else:
-            self.folder = new_folder(args)
-        if args.track:
-            self.wandb = self.start_wandb()
-        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
-        self.write("config.json", json.dumps(config, indent=2).encode())
-        self.metrics = open(self.folder / "metrics.csv", "a", buffering=1, newline="")
-        if checkpoint:  # the rows after the checkpoint will be made again
-            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_size"]))
-            self.metrics.seek(0, os.SEEK_END)  # or a save before the next row would count those that were just cut
-        self.writer = csv.DictWriter(self.metrics, ("global_step", *METRICS), lineterminator="\n")
-        if self.metrics.tell() == 0:
-            self.writer.writeheader()
-        step = checkpoint["global_step"] if checkpoint else 0
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True)
-        self.due = time.time() + CHECKPOINT_SECONDS  # for a checkpoint
-
-    def start_wandb(self) -> "wandb.Run":
-        try:
-            import wandb
-
-            name, project, entity = self.folder.name, self.args.wandb_project_name, self.args.wandb_entity
-            tracked = wandb.init(project=project, entity=entity, config=asdict(self.args), id=name, name=name,
-                                 dir=self.folder, resume="allow")
-        except Exception as error:
-            if not self.args.resume:
-                shutil.rmtree(self.folder)
-            raise Failure(f"--track fails ({' '.join(str(error).split())}): log in, or set WANDB_MODE=offline")
-        tracked.define_metric("*", step_metric="global_step")
-        return tracked
 
     def stop(self, number: int, _frame) -> None:
-        """Lets the iteration end, so that it can be saved; a second Ctrl-C doesn't wait."""
+        """Stops at once while actors collect; otherwise when what they have collected is learned."""
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.collecting:
+            self.collecting = False
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: an episode that ended at this step, or an iteration that did."""
         if not all(map(math.isfinite, metrics.values())):
-            raise Failure(f"the numbers of step {step} aren't finite: lower the learning rate, or look for NaN in the "
-                          "environment's observations and rewards")
-        row = {"global_step": step, **metrics}
-        self.writer.writerow(row)
-        if self.args.track:
-            self.wandb.log(row)
+            raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
-        self.bar.total = max(self.bar.total, step)  # an algorithm of whole episodes takes a few steps more
-        self.bar.update(step - self.bar.n)
+        else:
+            metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+        print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
+        self.unsent += [{"global_step": step, **metrics}] * self.args.track
 
-    def sps(self, step: int) -> int:
-        return round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+    def save(self, step: int) -> None:
+        """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "metrics_size": self.metrics.tell()}
+        buffer = io.BytesIO()  # as torch would hide a disk's errors
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        with open(self.folder / "checkpoint.partial", "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+        while self.unsent:  # only now, or a run that is killed and resumed would send these rows twice
+            self.wandb.log(self.unsent.pop(0))
+        self.due = time.time() + CHECKPOINT_SECONDS
 
-    def save(self, step: int, state: dict) -> None:
-        begun = time.time()
-        state |= {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "returns": list(self.returns)}
-        state["metrics_size"] = self.metrics.tell()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write("checkpoint.pt", buffer.getbuffer())
-        self.due = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - begun))
-
-    def write(self, name: str, data: bytes | memoryview) -> None:
-        """A crash or a full disk leaves the old file or the new one, never half of one."""
-        partial = self.folder / f"{name}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def summarize(self, step: int) -> None:
-        print(f"{step} steps, {self.sps(step)} steps/s{', stopped early' if self.signal else ''}")
-        if self.returns:
-            mean, std, count = np.mean(self.returns), np.std(self.returns), len(self.returns)
-            print(f"return {mean:.1f} ± {std:.1f} over the last {count} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        self.bar.close()
-        self.metrics.close()
+    def finish(self, step: int) -> int:
+        """The last checkpoint, and a summary; returns the exit code."""
+        self.save(step)
         if self.args.track:
             self.wandb.finish()
-        if isinstance(error, Failure):
-            saved = (self.folder / "checkpoint.pt").exists()
-            raise Failure(f"{error}; {self.folder} {'is as last saved' if saved else 'has no checkpoint yet'}")
+        end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
+        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        return 128 + self.signal if self.signal else 0
 
 
-def open_envs(args: Args, count: int) -> list[gym.Env]:
-    """The environments, once the first has shown that the algorithm can serve it."""
-    try:
-        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(count)]
-        obs, _ = envs[0].reset(seed=args.seed)
-        if args.capture_video:
-            envs[0].render()
-    except Exception as error:  # a wrong name, a missing package or graphics driver: each raises a class of its own
-        sys.unraisablehook = lambda _: None  # a half-made renderer complains once more when it is collected
-        raise Failure(f"{args.env_id} doesn't start: {' '.join(str(error).split()) or repr(error)}")
-    observed, acted = envs[0].observation_space, envs[0].action_space
-    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1):
-        raise Failure(f"{args.env_id} observes {observed}: choose an --env-id that observes a vector")
-    if np.shape(obs) != observed.shape:
-        raise Failure(f"{args.env_id} says that it observes {observed}, but observes {np.shape(obs)}: mend it")
-    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
-    if not continuous and not (isinstance(acted, gym.spaces.Discrete) and acted.start == 0):
-        raise Failure(f"{args.env_id} takes {acted}: choose an --env-id with a vector of numbers or Discrete actions")
-    return envs
-
-
-def record(env: gym.Env, folder: Path, name: str) -> gym.Env:
-    return gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=True)
-
-
-def train(args: Args, checkpoint: dict | None) -> int:
-    """Iterates from the start or from a checkpoint; returns the signal that stopped it, or 0."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    envs = open_envs(args, args.num_envs)
-    agent = Agent(envs[0].observation_space, envs[0].action_space).to(device)
-    theta = as_vector(agent.parameters())
+def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
+    """Iterates from the start or from a checkpoint; returns the exit code."""
+    step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
+    end = args.total_timesteps - (args.total_timesteps - step) % batch_size
+    if end <= step:
+        raise Failure(f"--total-timesteps: at least {step + batch_size}, one iteration beyond step {step}")
+    old = copy.deepcopy(agent)  # π_θold, which acts, stays on the CPU: no step waits for a GPU
+    agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    theta = as_vector([*agent.parameters()])
     # [DETAIL] eps of 1e-5, as in the paper's own code: gradients near 0, mere noise, move θ less than a full step.
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
-    step, batch_size = 0, args.num_envs * args.num_steps
     if checkpoint:
-        step = checkpoint["global_step"]
-        if step + batch_size > args.total_timesteps:
-            raise Failure(f"{args.resume} is complete at step {step}: go on with a larger --total-timesteps")
-        agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     kept = checkpoint and all(getattr(args, name) == checkpoint["args"][name] for name in ("beta", "total_timesteps"))
     agent.beta.fill_(agent.beta if kept else args.beta)  # made longer, a run begins anew: its steps are large again
-    with Run(args, checkpoint) as run:
-        if args.capture_video:
-            envs[0] = record(envs[0], run.folder, f"step-{step}")
-        actors = [Actor(env) for env in envs]
-        if checkpoint:
-            for actor, (seed, actions) in zip(actors, checkpoint["running_episodes"]):
-                actor.reset(seed, actions.numpy())
-            torch.set_rng_state(checkpoint["rng_state"])
-        over = False
-        while not over:
+    run = Run(args, folder, checkpoint, end, agent=agent, optimizer=optimizer)
+    with run.bar, contextlib.suppress(KeyboardInterrupt):
+        actors = [Actor(env, run.bar) for env in envs]
+        while step < end and not run.signal:
             # [DETAIL] Ever smaller steps: the last policies are then good ones, not merely good on average.
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
-            rollout = collect(agent, actors, args.num_steps, device)
-            losses = update(agent, theta, optimizer, rollout, args)
+            run.collecting = True
+            rollout = collect(old, actors, args.num_steps)
+            run.collecting = False
+            losses = update(agent, old, theta, optimizer, rollout, args)
             for steps, episodic_return, length in rollout.episodes:
                 run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
             step += batch_size
-            run.log(step, {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(step), **losses})
-            over = step + batch_size > args.total_timesteps or run.signal  # what ends the run is saved before
-            if over or time.time() > run.due:
-                run.save(step, {
-                    "agent": agent.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "rng_state": torch.get_rng_state(),
-                    "running_episodes": [(a.seed, torch.from_numpy(np.array(a.actions))) for a in actors],
-                })
-        for env in envs:
-            env.close()
-    run.summarize(step)
-    return run.signal
+            run.log(step, {"charts/learning_rate": learning_rate, **losses})
+            if time.time() > run.due:
+                run.save(step)
+    return run.finish(step)
 
 
-def evaluate(agent: Agent, env: gym.Env, episodes: int) -> list[tuple[float, int]]:
-    """(return, length) of episodes without exploration, while nothing learns"""
-    results = []
-    for episode in range(episodes):
-        actor, over = Actor(env), False
-        while not over:
-            with torch.no_grad():
-                action = agent.act(torch.as_tensor(actor.obs, dtype=torch.float32)[None]).numpy()[0]
-            over = any(actor.step(action)[2:])
-        results.append((actor.episodic_return, len(actor.actions)))
-        print(f"episode {episode}: return {actor.episodic_return:.1f}, length {len(actor.actions)}", flush=True)
-    return results
+def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
+    """Episodes without exploration, while nothing learns"""
+    returns = []
+    with tqdm(unit=" steps", leave=False) as bar, torch.no_grad():
+        for episode in range(episodes):
+            actor, over = Actor(env, bar), False
+            while not over:
+                over = any(actor.step(agent.act(torch.from_numpy(actor.obs)[None]).numpy()[0])[2:])
+            returns.append(actor.episodic_return)
+            bar.write(f"episode {episode}: return {actor.episodic_return:.1f}, length {actor.length}")
+    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {episodes} episodes")
 
 
-def checkpoint_path(path: str) -> Path:
-    """A run's folder stands for the checkpoint in it."""
-    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-
-
-def load_checkpoint(path: str) -> dict:
-    if not checkpoint_path(path).is_file():
-        raise Failure(f"there is no checkpoint at {path}: name a run's folder or its checkpoint.pt")
+def settings() -> tuple[Args, Path, dict]:
+    """The command line, over the settings of the checkpoint that it names; the run's folder; the checkpoint, or {}"""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
+    paths = [path for path in (args.resume, args.evaluate) if path is not None]
+    if len(paths) > 1:
+        raise Failure("--resume and --evaluate: choose one")
+    if not paths:
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
+        return args, Path(args.runs_dir, re.sub("[/:]", "-", name)), {}
+    file = Path(paths[0], "checkpoint.pt") if Path(paths[0]).is_dir() else Path(paths[0])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a file that isn't its own
-            checkpoint = torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
-            _ = script != SCRIPT or Args(**checkpoint["args"])
+        damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or checkpoint["script"] != SCRIPT:
+            raise ValueError
+        saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
-        raise Failure(f"{path} is not a checkpoint, or not a whole one: name another")
-    if script != SCRIPT:
-        raise Failure(f"{path} was made by {script}.py: go on with that script")
-    return checkpoint
-
-
-def check(args: Args) -> None:
-    batch_size = args.num_envs * args.num_steps
-    rules = {
-        "--num-envs, --num-steps, --minibatch-size, --update-epochs, --eval-episodes: at least 1": min(
-            args.num_envs, args.num_steps, args.minibatch_size, args.update_epochs, args.eval_episodes) >= 1,
-        f"--total-timesteps: at least N·T = {batch_size}, one iteration": args.total_timesteps >= batch_size,
-        f"--minibatch-size: a divisor of N·T = {batch_size}": batch_size % (args.minibatch_size or 1) == 0,
-        "--learning-rate: above 0, and finite": 0 < args.learning_rate < math.inf,
-        "--beta: at least 0; --d-targ: above 0": args.beta >= 0 and args.d_targ > 0,
-        "--max-grad-norm: above 0": args.max_grad_norm > 0,
-        "--gamma, --gae-lambda: from 0 to 1": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        "--ent-coef: at least 0": args.ent_coef >= 0,
-        "--seed: from 0 to 2^63 - 1": 0 <= args.seed < 2**63,
-    }
-    if broken := [rule for rule, kept in rules.items() if not kept]:
-        raise Failure("; ".join(broken))
-
-
-def parse(default: Args) -> Args:
-    """The command line over `default`, with tyro's boxed complaints in one line."""
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            return tyro.cli(Args, default=default, description=__doc__.partition("\n")[0])
-        except SystemExit as end:
-            if not end.code:
-                raise
-    raise Failure(" ".join(re.findall(r"[^\s╭╮╰╯─│]+", box.getvalue().partition("\n")[2])))
+        raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
-        args, checkpoint = parse(Args()), None
-        if path := args.resume or args.evaluate:
-            checkpoint = load_checkpoint(path)
-            saved = Args(**checkpoint["args"])
-            args = parse(saved)
-            fixed = (*FIXED, "seed") if args.resume else FIXED  # an evaluation may draw other episodes
-            kept = [f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in fixed]
-            if any(getattr(args, name) != getattr(saved, name) for name in fixed):
-                raise Failure(f"{path} has {' '.join(kept)}: leave them so")
-        check(args)
-        torch.manual_seed(args.seed)
-        if args.evaluate:
-            (env,) = open_envs(args, 1)
-            agent = Agent(env.observation_space, env.action_space)
-            agent.load_state_dict(checkpoint["agent"])
-            if args.capture_video:
-                env = record(env, checkpoint_path(path).parent, "evaluation")
-            returns, _ = zip(*evaluate(agent, env, args.eval_episodes))
+        args, folder, checkpoint = settings()
+        training, step = args.evaluate is None, checkpoint.get("global_step", 0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(args.num_envs if training else 1)]
+        agent = Agent(envs[0].observation_space, envs[0].action_space)
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+            except RuntimeError:
+                raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
+        if args.capture_video:
+            name = f"step-{step}" if training else "evaluation"
+            envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), name_prefix=name, disable_logger=False)
+        code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
+        for env in envs:
             env.close()
-            print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
-        elif number := train(args, checkpoint):
-            sys.exit(128 + number)
-    except (Failure, OSError) as error:
-        if isinstance(error, OSError):
-            error = (f"{error.filename or 'the disk'}: {error.strerror}; see that it has room and can be written to, or "
-                     "choose another --runs-dir")
-        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+    except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
