@@ -556,7 +556,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     """Trains from the start or from a checkpoint; returns the exit code."""
     step = checkpoint.get("global_step", 0)
     if step >= args.total_timesteps:
-        raise Failure(f"--total-timesteps: more than {step}, which are over")
+        raise Failure(f"--total-timesteps: go beyond step {step}")
     envs[0].close()  # each process makes its own
     theta, context, N = as_vector([*agent.parameters()]).data, mp.get_context("spawn"), args.num_workers
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())

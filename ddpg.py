@@ -422,7 +422,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs
     end = args.total_timesteps - (args.total_timesteps - step) % batch_size
     if end <= step:
-        raise Failure(f"--total-timesteps: at least {step + batch_size}, one iteration beyond step {step}")
+        raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     acting = copy.deepcopy(agent)  # stays on the CPU
     agent.to(device)

@@ -433,7 +433,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
     end = args.total_timesteps - (args.total_timesteps - step) % batch_size
     if end <= step:
-        raise Failure(f"--total-timesteps: at least {step + batch_size}, one iteration beyond step {step}")
+        raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
     old = copy.deepcopy(agent)  # π_θold, which acts, stays on the CPU: no step waits for a GPU
     agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     theta = as_vector([*agent.parameters()])

@@ -425,7 +425,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     """Iterates from the start or from a checkpoint; returns the exit code."""
     step = checkpoint.get("global_step", 0)
     if step >= args.total_timesteps:
-        raise Failure(f"--total-timesteps: more than {step}, which are over")
+        raise Failure(f"--total-timesteps: go beyond step {step}")
     acting = copy.deepcopy(agent)  # πθ, which acts, stays on the CPU: no step waits for a GPU
     agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     theta, phi = as_vector(agent.policy_parameters()), as_vector([*agent.critic.parameters()])

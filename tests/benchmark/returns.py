@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")
 RETRIES = 5  # of a cell whose Ray worker dies
-ENDS = "is complete at step", "n't finite"  # of a run's error: stopped between training and evaluation; diverged
+ENDS = "go beyond step", "n't finite"  # of a run's error: stopped between training and evaluation; diverged
 
 
 class Cell(NamedTuple):
