@@ -78,6 +78,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -455,6 +456,12 @@ LOG_STEPS = 1000  # of an actor-learner, over which the losses of a row are aver
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        super().stop_recording()
+
+
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
@@ -472,8 +479,11 @@ class Run:
             print("global_step", *METRICS, sep=",", file=self.metrics)
         if args.track:
             import wandb
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            try:
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                        id=folder.name, name=folder.name, dir=folder, resume="allow")
+            except wandb.Error as error:
+                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -533,10 +543,9 @@ def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, folder
     try:
         env = make_env(args.env_id, args.capture_video and n == 0)
         if args.capture_video and n == 0:
-            name = f"step-{shared.T.value}"
-            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=name, disable_logger=False)
+            env = Recorder(env, str(folder / "videos"), name_prefix=f"step-{shared.T.value}")
         agent = copy.deepcopy(shared.agent).to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        actor, losses = Actor(env, tqdm(disable=True)), []
+        actor, losses = Actor(env, SimpleNamespace(update=lambda: None)), []  # the bar is the parent's
         for T, episode, learning_rate, loss in actor_learner(n, agent, actor, shared, args):
             losses.append(loss)
             if episode:
@@ -548,8 +557,9 @@ def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, folder
         env.close()
     except Failure as error:
         pipe.send(str(error))
-    except ConnectionError:  # the parent is no more
-        pass
+    except ConnectionError:
+        if mp.parent_process().is_alive():  # otherwise there is nobody to tell
+            raise
 
 
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
@@ -585,7 +595,8 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                     except (EOFError, OSError):  # closed as the process ended
                         n, process = workers.pop(pipe)
                         process.join()
-                        message = f"worker {n} ended with exit code {process.exitcode}" if process.exitcode else None
+                        early = process.exitcode or shared.T.value < args.total_timesteps
+                        message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
                     if isinstance(message, str):
                         raise Failure(message)
                     if message:
@@ -633,7 +644,7 @@ def settings() -> tuple[Args, Path, dict]:
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if damaged or checkpoint["script"] != SCRIPT:
+        if damaged or checkpoint.get("script") != SCRIPT:
             raise ValueError
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
@@ -659,8 +670,7 @@ def main() -> None:
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video and not training:
-            videos = str(folder / "videos")
-            envs[0] = gym.wrappers.RecordVideo(envs[0], videos, name_prefix="evaluation", disable_logger=False)
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix="evaluation")
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()

@@ -348,6 +348,12 @@ LOG_STEPS = 1000  # over which the losses of a row are averaged
 CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the replay buffer takes a while to write
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        super().stop_recording()
+
+
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
@@ -365,8 +371,11 @@ class Run:
             print("global_step", *METRICS, sep=",", file=self.metrics)
         if args.track:
             import wandb
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            try:
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                        id=folder.name, name=folder.name, dir=folder, resume="allow")
+            except wandb.Error as error:
+                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -489,7 +498,7 @@ def settings() -> tuple[Args, Path, dict]:
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if damaged or checkpoint["script"] != SCRIPT:
+        if damaged or checkpoint.get("script") != SCRIPT:
             raise ValueError
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
@@ -516,7 +525,7 @@ def main() -> None:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video:
             name = f"step-{step}" if training else "evaluation"
-            envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), name_prefix=name, disable_logger=False)
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()

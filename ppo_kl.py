@@ -359,8 +359,6 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
             optimizer.step()
             losses.append(torch.stack([policy_loss, value_loss]).detach())
 
-    # [PPO-4] θ_old ← θ
-    old.load_state_dict(agent.state_dict())
     with torch.no_grad():
         output = agent.actor(x)
         kl = kl_divergence(old_output, old_log_std, output, agent.log_std)
@@ -375,6 +373,8 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
         }
         if args.adapt_beta:
             agent.beta.copy_(adapted_beta(agent.beta, kl, args.d_targ))
+    # [PPO-4] θ_old ← θ
+    old.load_state_dict(agent.state_dict())
     return {name: value.item() for name, value in metrics.items()}
 
 
@@ -385,6 +385,12 @@ METRICS = (
     "losses/value_loss", "losses/entropy", "losses/kl", "losses/beta", "losses/explained_variance",
 )
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
+
+
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        super().stop_recording()
 
 
 class Run:
@@ -404,8 +410,11 @@ class Run:
             print("global_step", *METRICS, sep=",", file=self.metrics)
         if args.track:
             import wandb
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    id=folder.name, name=folder.name, dir=folder, resume="allow")
+            try:
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                        id=folder.name, name=folder.name, dir=folder, resume="allow")
+            except wandb.Error as error:
+                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -517,7 +526,7 @@ def settings() -> tuple[Args, Path, dict]:
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if damaged or checkpoint["script"] != SCRIPT:
+        if damaged or checkpoint.get("script") != SCRIPT:
             raise ValueError
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
@@ -544,7 +553,7 @@ def main() -> None:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video:
             name = f"step-{step}" if training else "evaluation"
-            envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), name_prefix=name, disable_logger=False)
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, handlers_kept, only_run, run_here
+from helpers import ROOT, SCRIPTS, handlers_kept, only_run, run, run_here
 
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # as the scripts do
@@ -34,6 +34,12 @@ def handlers():
 def main(module):
     """Runs the script in this process: flags → exit code, stdout, stderr"""
     return partial(run_here, module)
+
+
+@pytest.fixture
+def launched(script, main):
+    """Like main, but for a3c in a process of its own: what its workers say and see is their stderr's and environment's"""
+    return partial(run, script.path) if script.name == "a3c" else main
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import time
 import uuid
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 NUMBER = Box(-np.inf, np.inf, (1,), np.float64)
@@ -60,27 +62,6 @@ class Keyed(Counter):
 
     def reward(self, action):
         return {0: 0.0, 1: 1.0}[action]
-
-
-class Unrepeatable(Counter):
-    """No two episodes are the same length, whatever the seed."""
-
-    episodes = 0
-
-    def reset(self, seed=None, options=None):
-        self.episodes += 1
-        self.length = 100 - 10 * self.episodes
-        return super().reset(seed=seed)
-
-
-class Whimsical(Counter):
-    """An episode ends after at most 20 steps, whatever the seed."""
-
-    action_space = ONE
-
-    def reset(self, seed=None, options=None):
-        self.length = np.random.default_rng().integers(1, 21)
-        return super().reset(seed=seed)
 
 
 class NanReward(Counter):
@@ -138,6 +119,18 @@ class CrashAtReset(CrashLater):
     def step(self, action):
         obs, reward, _, truncated, info = Counter.step(self, action)
         return obs, reward, self.t == 3, truncated, info
+
+
+class Failing(PendulumEnv):
+    """Like Pendulum-v1, but for its 30th step, which raises."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 30:
+            raise ConnectionResetError("the plug is out")
+        return super().step(action)
 
 
 class Old(Counter):
@@ -211,14 +204,76 @@ class Warning(Endless):
 
 
 class Stuck(Counter):
-    """Says so, and then takes a minute for each step."""
+    """Says so in its 300th step, which takes a minute."""
+
+    action_space = ONE
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 300:
+            print("stuck", flush=True)
+            time.sleep(60)
+        return super().step(action)
+
+
+class Chance(Counter):
+    """Draws from all generators that there are."""
+
+    action_space = Box(np.float32(-1), np.float32(1), (1,))
+
+    def reward(self, action):
+        return np.random.random() + random.random() + float(self.action_space.sample()[0]) + self.np_random.random()
+
+
+class Seeded(Counter):
+    """Leaves the seeds of its episodes in a file."""
 
     action_space = ONE
 
-    def step(self, action):
-        print("stuck", flush=True)
-        time.sleep(60)
-        return super().step(action)
+    def reset(self, seed=None, options=None):
+        with open(os.environ["SEEDS"], "a") as file:
+            print(seed, file=file)
+        return super().reset(seed=seed)
+
+
+class Reversed(Counter):
+    """Observes views that run backwards, in the other byte order or as objects."""
+
+    observation_space, action_space = Box(-np.inf, np.inf, (3,)), ONE
+
+    def observe(self):
+        numbers = np.arange(3.0) + self.t
+        return [numbers[::-1], numbers.astype(">f4"), numbers.astype(object)][self.t % 3]
+
+
+class Wide(Counter):
+    """Observes as many numbers as it is told to."""
+
+    action_space = ONE
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.observation_space = Box(-np.inf, np.inf, (int(os.environ["WIDTH"]),))
+
+    def observe(self):
+        return np.zeros(self.observation_space.shape)
+
+
+class NoRenderMode(Counter):
+    """Takes no render_mode."""
+
+    action_space = ONE
+
+    def __init__(self):
+        super().__init__()
+
+
+class ArrayReward(Counter):
+    action_space = ONE
+
+    def reward(self, action):
+        return np.array([1.0])
 
 
 class Spaces(Counter):
@@ -233,8 +288,8 @@ class Spaces(Counter):
 
 
 for env in (
-    Counter, Blind, Echo, Keyed, Unrepeatable, Whimsical, NanReward, NanObservation, InfiniteReward,
-    InfiniteObservation, Crash, CrashLater, CrashAtReset, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
+    Counter, Blind, Echo, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, ArrayReward, NanReward, NanObservation, InfiniteReward,
+    InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Endless-v0", Endless, max_episode_steps=1_000_000)

@@ -1,4 +1,4 @@
-"""Killing a run and going on with it: for the tests, and for the benchmark that does it more often."""
+"""Killing a run and going on with it."""
 
 import random
 import subprocess
@@ -29,10 +29,14 @@ def last_save(runs_dir: Path) -> float:
     return max((path.stat().st_mtime for path in runs_dir.glob("*/checkpoint.pt")), default=0)
 
 
+def saved_step(runs_dir: Path) -> int:
+    return max((torch.load(path, weights_only=True)["global_step"] for path in runs_dir.glob("*/checkpoint.pt")), default=0)
+
+
 def kill(script: Script, runs_dir: Path, *flags, seed: int) -> Death:
     """Starts a run, or goes on with one, and kills it at a random moment after it has saved."""
-    before, process = last_save(runs_dir), hurried(script, *flags)
-    wait_for(lambda: last_save(runs_dir) > before, process)
+    before, process = saved_step(runs_dir), hurried(script, *flags)
+    wait_for(lambda: saved_step(runs_dir) > before, process)  # a3c saves before its workers have begun, too
     time.sleep(random.Random(seed).uniform(0, 2 * SECONDS))
     age = time.time() - last_save(runs_dir)
     process.kill()

@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box
@@ -53,6 +54,11 @@ def frozen(agent, x):
         return policy(copy.deepcopy(agent), x)
 
 
+def value(agent, x):
+    """V(s) of normalised observations, in the rewards' unit"""
+    return agent.critic(x)[..., 0] * agent.value_norm.var.sqrt() + agent.value_norm.mean
+
+
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
@@ -69,6 +75,49 @@ def values_and_gradients(function, *tensors):
 
 def assert_same(ours, theirs, *tensors):
     torch.testing.assert_close(values_and_gradients(ours, *tensors), values_and_gradients(theirs, *tensors))
+
+
+# ── The copy that acts ──────────────────────────────────────────────────────────────────────────────────────
+
+class Clock(gym.Env):
+    """Observes the steps taken so far, four times; each is rewarded by 1; terminates after 5."""
+
+    observation_space = Box(-np.inf, np.inf, (4,))
+
+    def __init__(self, action_space):
+        self.action_space, self.t = action_space, 0
+
+    def reset(self, seed=None, options=None):
+        self.t = 0
+        return np.zeros(4), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(4, self.t), 1.0, self.t == 5, False, {}
+
+
+def assert_equal_to_the_bit(one, other):
+    """The agents' parameters and statistics"""
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert torch.equal(x, other[name]), name
+
+
+@torch.no_grad()
+def assert_acts_alone(old, agent, collected):
+    """The tensors of `collected()` are as `old` draws them, whatever the agent becomes, and `old` stays as it is."""
+    def drawn():
+        torch.manual_seed(5)
+        return [x.clone() for x in collected()]
+
+    before, tensors = copy.deepcopy(old), drawn()
+    for x in agent.state_dict().values():
+        x += 1
+    assert all(map(torch.equal, drawn(), tensors))
+    assert_equal_to_the_bit(old, before)
+    old.actor[-1].bias[0] += 100
+    assert not all(map(torch.equal, drawn(), tensors))
 
 
 # ── Decision processes ──────────────────────────────────────────────────────────────────────────────────────

@@ -10,14 +10,16 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
+from tqdm import tqdm
 
-import envs  # noqa: F401, registers them
+import envs
+from oracles import Clock, assert_acts_alone, assert_equal_to_the_bit, assert_same, value
 from ppo_clip import (
-    Actor, Agent, Args, Rollout, RunningNorm, as_vector, clipped_surrogate, collect, gae, gaussian_entropy,
-    gaussian_log_prob, make_env, softmax_entropy, softmax_log_prob, update,
+    Actor, Agent, Args, Rollout, RunningNorm, as_vector, clipped_surrogate, collect, entropy, gae, log_prob, make_env,
+    update,
 )
 
-CPU = torch.device("cpu")
+BAR = tqdm(disable=True)
 SPACES = pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "continuous"])
 RATIOS = [0.01, 0.5, 0.7, 0.79, 0.81, 0.95, 0.999, 1.0, 1.001, 1.05, 1.19, 1.21, 1.3, 2.0, 7.0]
 ADVANTAGES = [-3.0, -1.0, -0.1, 0.1, 1.0, 3.0]
@@ -142,30 +144,22 @@ def test_nothing_leaks_across_episodes_or_environments(end):
 
 # ── Policy ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def values_and_gradients(function, *tensors):
-    tensors = [x.clone().requires_grad_() for x in tensors]
-    y = function(*tensors)
-    return y.detach(), *torch.autograd.grad((y * torch.arange(1.0, 1 + y.numel())).sum(), tensors)
-
-
-def assert_same(ours, theirs, *tensors):
-    torch.testing.assert_close(values_and_gradients(ours, *tensors), values_and_gradients(theirs, *tensors))
-
-
 @pytest.mark.parametrize("A", [1, 3, 17])
 def test_the_gaussian_is_torchs(A):
     mean, log_std, action = torch.randn(5, A), 0.5 * torch.randn(A), 2 * torch.randn(5, A)
-    assert_same(lambda m, s: gaussian_log_prob(m, s, action),
+    assert_same(lambda m, s: log_prob(m, s, action),
                 lambda m, s: Independent(Normal(m, s.exp()), 1).log_prob(action), mean, log_std)
-    assert_same(gaussian_entropy, lambda s: Normal(0.0, s.exp()).entropy().sum(), log_std)
+    assert_same(lambda s: entropy(mean, s), lambda s: Normal(0.0, s.exp()).entropy().sum(), log_std)
 
 
 @pytest.mark.parametrize("A", [2, 3, 17])
 def test_the_softmax_is_torchs(A):
     scores, action = 3 * torch.randn(5, A), torch.randint(A, (5,))
-    assert_same(lambda f: softmax_log_prob(f, action),
+    assert_same(lambda f: log_prob(f, None, action),
                 lambda f: Categorical(logits=f).log_prob(action), scores)
-    assert_same(softmax_entropy, lambda f: Categorical(logits=f).entropy(), scores)
+    assert_same(lambda f: entropy(f, None), lambda f: Categorical(logits=f).entropy().mean(), scores)
+    assert_same(lambda f: torch.stack([entropy(state[None], None) for state in f]),
+                lambda f: Categorical(logits=f).entropy(), scores)
 
 
 def policy(agent, obs):
@@ -211,11 +205,11 @@ def test_continuous_actions_are_drawn_with_the_gaussians_mean_and_standard_devia
 @SPACES
 def test_without_noise_the_action_is_the_most_probable_one(space):
     agent, obs = agent_of(space), torch.randn(6, 4)
-    mode, log_prob = agent.act(obs), policy(agent, obs).log_prob
+    mode, log_probs = agent.act(obs), policy(agent, obs).log_prob
     actions = [torch.full_like(mode, a) for a in range(3)]
     for other in actions if agent.discrete else [mode - 0.1, mode + 0.1]:
         differs = (other != mode).reshape(6, -1).any(-1)
-        assert torch.equal(log_prob(mode) > log_prob(other), differs)
+        assert torch.equal(log_probs(mode) > log_probs(other), differs)
 
 
 # ── Statistics ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,38 +249,138 @@ def test_plus_and_minus_one_are_the_ends_of_the_environments_range(action, arriv
     assert env.step(np.float32([action]))[1] == pytest.approx(arrives)
 
 
-@pytest.mark.filterwarnings("ignore:.*out of date")
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "CartPole-v1"])
-def test_an_actor_with_anothers_seed_and_actions_is_where_the_other_is(env_id):
-    one, other = Actor(make_env(env_id)), Actor(make_env(env_id))
-    space = one.env.action_space
-    space.seed(0)
-    for _ in range(50):  # through several episodes: what came before must not matter
-        if any(one.step(space.sample())[2:]):
-            one.reset()
-    one.reset()
-    for _ in range(6):
-        one.step(space.sample())
-    other.reset(one.seed, np.array(one.actions))
-    assert np.array_equal(one.obs, other.obs) and one.episodic_return == other.episodic_return
-    action = space.sample()
-    assert np.array_equal(one.step(action)[0], other.step(action)[0])
+class Taking(envs.Counter):
+    """Keeps the actions that arrive, and then changes the arrays that they came in."""
+
+    def __init__(self, action_space):
+        super().__init__()
+        self.action_space, self.arrived = action_space, []
+
+    def reward(self, action):
+        self.arrived.append(action.copy())
+        action[:] = 99
+        return 1.0
 
 
-def test_an_actor_whose_episode_does_not_repeat_itself_starts_another():
-    actor = Actor(gym.make("Unrepeatable-v0"))
-    actor.reset(5, np.zeros(90, np.int64))  # the first episode had 90 steps to it, this one 80
-    assert actor.seed != 5 and actor.actions == [] and actor.episodic_return == 0 and actor.obs == 0
+@pytest.fixture
+def made(monkeypatch):
+    """make_env of an environment that has no name"""
+    def made(env):
+        spec = gym.envs.registration.EnvSpec("Nameless-v0", lambda: env)
+        monkeypatch.setitem(gym.registry, spec.id, spec)
+        return make_env(spec.id)
+
+    return made
+
+
+def arrived(env, action):
+    env.reset()
+    env.step(np.array(action, np.float32))
+    (action,) = env.unwrapped.arrived
+    assert env.unwrapped.action_space.contains(action)
+    return action.tolist()
+
+
+@pytest.mark.parametrize("low, high, action, expected", [
+    (0, np.inf, -3, 0), (0, np.inf, 0.5, 0.5), (0, np.inf, 7, 7),
+    (-np.inf, 2, -7, -7), (-np.inf, 2, 0.5, 0.5), (-np.inf, 2, 3, 2),
+    (-np.inf, np.inf, -99, -99), (-np.inf, np.inf, 0.5, 0.5),
+])
+def test_an_action_without_two_bounds_arrives_as_it_is_but_for_the_bound_it_has(low, high, action, expected, made):
+    env = made(Taking(Box(np.float32(low), np.float32(high), (1,))))
+    assert arrived(env, [action]) == [expected]
+
+
+@pytest.mark.parametrize("action, expected", [
+    ((-3, -1), (0, -2)), ((0.5, 0), (0.5, 1)), ((7, 0.5), (7, 2.5)), ((1, 1), (1, 4)), ((99, 99), (99, 4)),
+])
+def test_each_dimension_of_an_action_has_the_range_of_its_own_bounds(action, expected, made):
+    env = made(Taking(Box(np.float32([0, -2]), np.float32([np.inf, 4]))))
+    assert arrived(env, action) == pytest.approx(expected)
+
+
+LARGEST = np.finfo(np.float32).max
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("low, high", [(-LARGEST, LARGEST), (LARGEST / 2, LARGEST), (-LARGEST, -LARGEST / 2)])
+def test_bounds_as_large_as_numbers_get_do_not_overflow(low, high, made):
+    space = Box(low, high, (1,))
+    for action, expected in (-1, low), (0, low / 2 + high / 2), (1, high):
+        assert arrived(made(Taking(space)), [action]) == pytest.approx([expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("bound, scale", [(2, 2), (np.inf, 1)], ids=["bounded", "unbounded"])
+def test_an_environment_that_changes_its_actions_does_not_change_those_of_the_rollout(bound, scale, made):
+    env = Taking(Box(-np.float32(bound), np.float32(bound), (1,)))
+    rollout = collect(agent_of(env.action_space, S=1), [Actor(made(env), BAR)], 50)
+    expected = (scale * rollout.actions[:, 0]).clamp(-bound, bound)
+    assert torch.equal(torch.from_numpy(np.array(env.arrived)), expected)
+
+
+class Reusing(envs.Counter):
+    """Observes one array, which it writes over; the reward is an array too."""
+
+    array = np.zeros(1, np.float32)
+
+    def observe(self):
+        self.array[:] = self.t
+        return self.array
+
+    def reward(self, action):
+        return np.ones(1)
+
+
+def test_an_environment_that_writes_over_its_observations_does_not_change_those_of_the_rollout():
+    agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
+    rollout = collect(agent, [Actor(Reusing(length=3), BAR)], 5)
+    assert rollout.obs.flatten().tolist() == [0, 1, 2, 0, 1]
+    assert rollout.next_obs.flatten().tolist() == [1, 2, 3, 1, 2]
+
+
+def test_a_reward_that_is_an_array_of_one_number_counts():
+    agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
+    rollout = collect(agent, [Actor(Reusing(length=3), BAR)], 5)
+    assert rollout.rewards.flatten().tolist() == [1] * 5
+    assert rollout.episodes == [(3, 3.0, 3)] and type(rollout.episodes[0][1]) is float
+
+
+@pytest.mark.parametrize("env", [Reusing(), envs.Counter()], ids=["float32", "float64"])
+def test_an_actors_observations_are_float32_copies(env):
+    actor = Actor(env, BAR)
+    seen = [actor.obs, actor.step(0)[0], actor.step(0)[0]]
+    assert seen == [0, 1, 2] and seen[-1] is actor.obs
+    assert all(obs.dtype == np.float32 for obs in seen)
+
+
+class Growing(envs.Counter):
+    """Observes more numbers than it says, from a step on."""
+
+    def __init__(self, since):
+        super().__init__()
+        self.since = since
+
+    def observe(self):
+        return np.zeros(1 + (self.t >= self.since))
+
+
+def test_an_observation_of_another_size_than_declared_raises():
+    with pytest.raises(ValueError, match="reshape"):
+        Actor(Growing(since=0), BAR)
+    actor = Actor(Growing(since=2), BAR)
+    actor.step(0)
+    with pytest.raises(ValueError, match="reshape"):
+        actor.step(0)
 
 
 def test_each_episode_of_an_actor_has_a_seed_of_its_own_that_torchs_seed_decides():
     def seeds():
         torch.manual_seed(3)
-        actors = [Actor(gym.make("CartPole-v1")) for _ in range(2)]
-        drawn = [actor.seed for actor in actors]
+        actors = [Actor(gym.make("CartPole-v1"), BAR) for _ in range(2)]
+        drawn = [actor.env.unwrapped.np_random_seed for actor in actors]
         for actor in actors * 3:
             actor.reset()
-            drawn.append(actor.seed)
+            drawn.append(actor.env.unwrapped.np_random_seed)
         return drawn
 
     assert len(set(seeds())) == 8 and seeds() == seeds()
@@ -298,8 +392,8 @@ def test_each_episode_of_an_actor_has_a_seed_of_its_own_that_torchs_seed_decides
 def rollout():
     """Actor 0's episodes terminate after 3 steps, actor 1's are cut off after 2."""
     agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
-    actors = [Actor(gym.make("Counter-v0", length=3)), Actor(gym.make("Counter-v0", max_episode_steps=2))]
-    return collect(agent, actors, 7, CPU)
+    ends = {"length": 3}, {"max_episode_steps": 2}
+    return collect(agent, [Actor(gym.make("Counter-v0", **end), BAR) for end in ends], 7)
 
 
 def test_a_rollout_keeps_the_last_observation_of_an_episode_and_the_first_of_the_next(rollout):
@@ -318,21 +412,21 @@ def test_a_rollout_lists_the_episodes_that_ended(rollout):
 
 def test_a_rollout_has_an_iterations_steps_and_goes_on_where_the_last_one_ended():
     agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
-    actors = [Actor(gym.make("Counter-v0", length=9))]
-    first, second = (collect(agent, actors, 5, CPU) for _ in range(2))
+    actors = [Actor(gym.make("Counter-v0", length=9), BAR)]
+    first, second = (collect(agent, actors, 5) for _ in range(2))
     assert first.obs.flatten().tolist() == [0, 1, 2, 3, 4]
     assert second.obs.flatten().tolist() == [5, 6, 7, 8, 0]
     assert second.episodes == [(4, 9.0, 9)]
 
 
 def test_a_rollout_holds_the_actions_that_the_policy_drew_and_their_rewards():
-    agent, actors = agent_of(Box(-2, 4, (1,)), S=1), [Actor(make_env("Echo-v0")) for _ in range(3)]
-    statistics = copy.deepcopy(agent.obs_norm)
-    rollout = collect(agent, actors, 50, CPU)
+    agent, actors = agent_of(Box(-2, 4, (1,)), S=1), [Actor(make_env("Echo-v0"), BAR) for _ in range(3)]
+    before = copy.deepcopy(agent)
+    rollout = collect(agent, actors, 50)
     assert rollout.actions.shape == (50, 3, 1) and rollout.rewards.shape == (50, 3)
     torch.testing.assert_close(rollout.rewards, rollout.actions[..., 0].clamp(-1, 1) * 3 + 1)
     assert rollout.actions.abs().max() > 1  # the probability is that of the action before it is clipped
-    assert torch.equal(agent.obs_norm.mean, statistics.mean)  # π_θold, its statistics too, stays as it is
+    assert_equal_to_the_bit(agent, before)  # π_θold, its statistics too, stays as it is
 
 
 # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -347,17 +441,17 @@ def rollout_of(agent, T=16, N=4):
 
 def updated(agent, rollout, rate, **settings):
     """A copy after the update by plain gradient descent, and the metrics."""
-    agent = copy.deepcopy(agent)
+    agent, old = copy.deepcopy(agent), copy.deepcopy(agent)
     torch.manual_seed(1)
-    theta = as_vector(agent.parameters())
-    return agent, update(agent, theta, torch.optim.SGD([theta], rate), rollout, Args(**settings))
+    theta = as_vector([*agent.parameters()])
+    return agent, update(agent, old, theta, torch.optim.SGD([theta], rate), rollout, Args(**settings))
 
 
 @SPACES
 def test_the_parameters_and_their_gradients_are_views_of_one_vector(space):
     agent, obs = agent_of(space), torch.randn(5, 4)
     one = copy.deepcopy(agent)
-    theta = as_vector(one.parameters())
+    theta = as_vector([*one.parameters()])
     assert torch.equal(theta, nn.utils.parameters_to_vector(agent.parameters()))
     for each in agent, one:
         (each.actor(obs).sum() + each.critic(obs).square().sum()).backward()
@@ -379,9 +473,9 @@ def test_the_first_step_follows_the_policy_gradient_and_the_values_error(space):
     agent.obs_norm = after.obs_norm  # an update takes the rollout's in first
 
     norms = copy.deepcopy([agent.obs_norm, agent.value_norm])
-    x, next_x = ((y - norms[0].mean) / norms[0].std for y in (rollout.obs, rollout.next_obs))
+    x, next_x = ((y - norms[0].mean) / norms[0].var.sqrt() for y in (rollout.obs, rollout.next_obs))
     with torch.no_grad():
-        values, next_values = (agent.critic(y)[..., 0] * norms[1].std + norms[1].mean for y in (x, next_x))
+        values, next_values = (value(agent, y) for y in (x, next_x))
     ends = rollout.terminated, rollout.truncated
     advantages = brute_force_gae(rollout.rewards, values, next_values, *ends, 0.9, 0.8)
     targets = advantages + values
@@ -389,7 +483,7 @@ def test_the_first_step_follows_the_policy_gradient_and_the_values_error(space):
     weights = (advantages - advantages.mean()) / advantages.std(correction=0)
     pi = policy(agent, rollout.obs)
     policy_objective = (weights * pi.log_prob(rollout.actions)).mean() + 0.3 * pi.entropy().mean()
-    errors = agent.critic(x)[..., 0] - (targets - norms[1].mean) / norms[1].std
+    errors = agent.critic(x)[..., 0] - (targets - norms[1].mean) / norms[1].var.sqrt()
     (-policy_objective + 0.25 * (errors**2).mean()).backward()
     for (name, new), old in zip(after.named_parameters(), agent.parameters()):
         torch.testing.assert_close(new, old - 0.1 * old.grad, msg=lambda text: f"{name}: {text}")
@@ -401,7 +495,7 @@ def test_an_update_that_changes_nothing_has_the_metrics_of_ratio_one(space):
     rollout = rollout_of(agent)
     after, metrics = updated(agent, rollout, 0.0, **ONE_STEP)
     agent.obs_norm = after.obs_norm  # an update takes the rollout's in first
-    values, next_values = (agent.value(agent.obs_norm(y)) for y in (rollout.obs, rollout.next_obs))
+    values, next_values = (value(agent, agent.obs_norm(y)) for y in (rollout.obs, rollout.next_obs))
     ends = rollout.terminated, rollout.truncated
     error = brute_force_gae(rollout.rewards, values, next_values, *ends, 0.9, 0.8)
     assert metrics["losses/approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["losses/clipfrac"] == 0
@@ -452,9 +546,10 @@ def test_each_step_has_a_gradient_of_its_own(space):
     assert any(parameter.grad.any() for parameter in one.parameters())
 
 
-def test_an_epoch_uses_every_step_once_in_an_order_of_its_own():
+@pytest.mark.parametrize("size, sizes", [(16, [16] * 4), (24, [24, 24, 16])], ids=["whole", "remainder"])
+def test_an_epoch_uses_every_step_once_in_an_order_of_its_own(size, sizes):
     agent, minibatches = Agent(Box(-np.inf, np.inf, (4,)), Discrete(3)), []
-    rollout = rollout_of(agent)
+    rollout, old = rollout_of(agent), copy.deepcopy(agent)
     rollout.obs[:] = torch.arange(64.0).reshape(16, 4, 1) / 10  # an observation is its own number
 
     def look(_, inputs):
@@ -463,10 +558,10 @@ def test_an_epoch_uses_every_step_once_in_an_order_of_its_own():
 
     agent.actor.register_forward_pre_hook(look)
     agent.obs_norm.update = lambda _: None  # nor is it normalised
-    theta = as_vector(agent.parameters())
-    update(agent, theta, torch.optim.SGD([theta], 0.1), rollout, Args(update_epochs=3, minibatch_size=16))
-    epochs = [torch.cat(minibatches[i:i + 4]).tolist() for i in (0, 4, 8)]
-    assert [len(y) for y in minibatches] == [16] * 12
+    theta = as_vector([*agent.parameters()])
+    update(agent, old, theta, torch.optim.SGD([theta], 0.1), rollout, Args(update_epochs=3, minibatch_size=size))
+    epochs = [epoch.tolist() for epoch in torch.cat(minibatches).split(64)]
+    assert [len(y) for y in minibatches] == sizes * 3
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(64)]}) == 4
 
@@ -487,18 +582,27 @@ def test_an_update_adds_the_rollouts_observations_to_the_statistics():
     assert torch.equal(after.obs_norm.mean, agent.obs_norm.mean) and after.obs_norm.count == 50 + 64
 
 
+@SPACES
+def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothing_else_moves_it(space):
+    agent = agent_of(space)
+    old, theta = copy.deepcopy(agent), as_vector([*agent.parameters()])
+    update(agent, old, theta, torch.optim.SGD([theta], 0.1), rollout_of(agent), Args(**ONE_STEP))
+    assert_equal_to_the_bit(old, agent)
+    assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
+
+
 # ── Learning ────────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("end, value", [
+@pytest.mark.parametrize("end, expected", [
     ({"length": 5}, sum((1 - 0.9**n) / (1 - 0.9) for n in range(1, 6)) / 5),  # over 5 states that look alike
     ({"length": None, "max_episode_steps": 5}, 1 / (1 - 0.9)),
 ], ids=["terminated", "truncated"])
-def test_a_time_limit_takes_nothing_from_the_value_and_a_termination_does(end, value):
+def test_a_time_limit_takes_nothing_from_the_value_and_a_termination_does(end, expected):
     agent = Agent(Box(-np.inf, np.inf, (1,)), Discrete(2))
-    actors = [Actor(gym.make("Blind-v0", **end)) for _ in range(2)]
-    theta = as_vector(agent.parameters())
+    actors, old = [Actor(gym.make("Blind-v0", **end), BAR) for _ in range(2)], copy.deepcopy(agent)
+    theta = as_vector([*agent.parameters()])
     optimizer = torch.optim.Adam([theta], 3e-3)
     args = Args(gamma=0.9, gae_lambda=1.0, minibatch_size=20, update_epochs=4)
     for _ in range(150):
-        update(agent, theta, optimizer, collect(agent, actors, 10, CPU), args)
-    assert agent.value(agent.obs_norm(torch.zeros(1, 1))).item() == pytest.approx(value, rel=0.05)
+        update(agent, old, theta, optimizer, collect(old, actors, 10), args)
+    assert value(agent, agent.obs_norm(torch.zeros(1, 1))).item() == pytest.approx(expected, rel=0.05)

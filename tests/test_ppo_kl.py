@@ -8,15 +8,15 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from tqdm import tqdm
 
 import ppo_clip
 import ppo_kl
 from helpers import ROOT, SCRIPTS, complaints, metrics, only_run
-from oracles import agent_of, assert_same, frozen, policy
-from ppo_kl import (
-    Args, Rollout, adapted_beta, as_vector, gaussian_kl, penalized_surrogate, softmax_kl, update,
-)
+from oracles import Clock, agent_of, assert_acts_alone, assert_equal_to_the_bit, assert_same, frozen, policy, value
+from ppo_kl import Actor, Args, Rollout, adapted_beta, as_vector, collect, penalized_surrogate, update
 
+BAR = tqdm(disable=True)
 SPACES = pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "continuous"])
 
 
@@ -43,24 +43,25 @@ def gaussians(A, B=5):
 
 @pytest.mark.parametrize("A", [1, 3, 17])
 def test_the_gaussians_kl_is_torchs(A):
-    assert_same(gaussian_kl, lambda m, s, n, t: kl_divergence(gaussian(m, s), gaussian(n, t)), *gaussians(A))
+    assert_same(ppo_kl.kl_divergence, lambda m, s, n, t: kl_divergence(gaussian(m, s), gaussian(n, t)), *gaussians(A))
 
 
 @pytest.mark.parametrize("A", [2, 3, 17])
 def test_the_softmaxs_kl_is_torchs(A):
-    assert_same(softmax_kl, lambda f, g: kl_divergence(Categorical(logits=f), Categorical(logits=g)),
-                *2 * torch.randn(2, 5, A))
+    assert_same(lambda f, g: ppo_kl.kl_divergence(f, None, g, None),
+                lambda f, g: kl_divergence(Categorical(logits=f), Categorical(logits=g)), *2 * torch.randn(2, 5, A))
 
 
 @pytest.mark.parametrize("A", [1, 3])
 def test_the_gaussians_kl_is_the_mean_log_ratio_of_samples(A):
     p, q = gaussians(A, 1)[:2], gaussians(A, 1)[2:]
-    assert_mean_log_ratio(gaussian_kl(*p, *q), gaussian(*p), gaussian(*q))
+    assert_mean_log_ratio(ppo_kl.kl_divergence(*p, *q), gaussian(*p), gaussian(*q))
 
 
 def test_the_softmaxs_kl_is_the_mean_log_ratio_of_samples():
     p, q = torch.randn(2, 1, 4)
-    assert_mean_log_ratio(softmax_kl(p, q), Categorical(logits=p), Categorical(logits=q))
+    kl = ppo_kl.kl_divergence(p, None, q, None)
+    assert_mean_log_ratio(kl, Categorical(logits=p), Categorical(logits=q))
 
 
 def assert_mean_log_ratio(kl, p, q, samples=300_000):
@@ -72,20 +73,20 @@ def assert_mean_log_ratio(kl, p, q, samples=300_000):
 
 def test_the_kl_of_equals_is_zero_and_flat():
     mean, log_std, scores = torch.randn(5, 3), torch.randn(3), torch.randn(5, 4)
-    for kl, p in (gaussian_kl, (mean, log_std)), (softmax_kl, (scores,)):
-        q = [x.clone().requires_grad_() for x in p]
-        value = kl(*p, *q)
-        torch.testing.assert_close(value, torch.zeros(5))
-        for slope in torch.autograd.grad(value.sum(), q):
+    for p in (mean, log_std), (scores, None):
+        q = [x if x is None else x.clone().requires_grad_() for x in p]
+        kl = ppo_kl.kl_divergence(*p, *q)
+        torch.testing.assert_close(kl, torch.zeros(5))
+        for slope in torch.autograd.grad(kl.sum(), [x for x in q if x is not None]):
             torch.testing.assert_close(slope, torch.zeros_like(slope))
 
 
 @SPACES
-def test_the_agents_kl_goes_from_the_old_policy_to_the_new_one(space):
+def test_the_kl_goes_from_the_first_policy_to_the_second(space):
     old, new, x = agent_of(ppo_kl, space), agent_of(ppo_kl, space), torch.randn(6, 4).double()
     p, q = frozen(old, x), frozen(new, x)
     with torch.no_grad():
-        kl = new.kl((old.actor(x), old.log_std), new.actor(x))
+        kl = ppo_kl.kl_divergence(old.actor(x), old.log_std, new.actor(x), new.log_std)
     torch.testing.assert_close(kl, kl_divergence(p, q))
     assert ((kl - kl_divergence(q, p)).abs() > 1e-5).all()
 
@@ -120,6 +121,16 @@ def test_beta_halves_below_two_thirds_of_the_target_and_doubles_above_three_halv
     assert adapted_beta(torch.tensor(beta), kl, 0.75) == factor * beta
 
 
+@pytest.mark.parametrize("d, limit, back", [(0.0, 1e-6, 2e-6), (1.0, 1e6, 5e5)], ids=["halved", "doubled"])
+def test_beta_ends_at_a_limit_from_which_it_comes_back(d, limit, back):
+    beta, limit, back = torch.tensor([1.0, limit, back])
+    for _ in range(400):
+        beta = adapted_beta(beta, torch.tensor([d]), 0.01)
+        assert torch.tensor(1e-6) <= beta <= torch.tensor(1e6)
+    assert beta == limit
+    assert adapted_beta(beta, torch.tensor([1.0 - d]), 0.01) == back
+
+
 def rollout_of(agent, T=16, N=4):
     obs, next_obs = torch.randn(2, T, N, 4).double()
     with torch.no_grad():
@@ -129,10 +140,10 @@ def rollout_of(agent, T=16, N=4):
 
 def updated(agent, rollout, rate, beta, **settings):
     """A copy after the update by plain gradient descent, and the metrics."""
-    agent = copy.deepcopy(agent)
+    agent, old = copy.deepcopy(agent), copy.deepcopy(agent)
     agent.beta.fill_(beta)
-    theta = as_vector(agent.parameters())
-    return agent, update(agent, theta, torch.optim.SGD([theta], rate), rollout, Args(**settings))
+    theta = as_vector([*agent.parameters()])
+    return agent, update(agent, old, theta, torch.optim.SGD([theta], rate), rollout, Args(**settings))
 
 
 def policy_parameters(agent):
@@ -155,7 +166,7 @@ def test_the_second_step_pays_for_the_first_ones_kl(space, beta):
     new, _ = updated(old, rollout, rate, beta, update_epochs=2, **WHOLE)
     old.obs_norm = new.obs_norm  # an update takes the rollout's in first
     x, actions = old.obs_norm(rollout.obs), rollout.actions
-    values, next_values = (old.value(old.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
+    values, next_values = (value(old, old.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
     ends = rollout.terminated, rollout.truncated
     advantages = ppo_clip.gae(rollout.rewards, values, next_values, *ends, 0.9, 0.8)
     advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
@@ -200,6 +211,25 @@ def test_an_update_adapts_beta_to_its_kl_unless_told_not_to(space, d_targ, adapt
     new, losses = updated(old, rollout, 0.1, 0.5, adapt_beta=adapt_beta, d_targ=d_targ * kl, **settings)
     assert new.beta == factor * 0.5
     assert losses["losses/beta"] == 0.5  # the one that held during the update
+
+
+@SPACES
+def test_an_update_makes_a_beta_of_zero_positive_unless_told_not_to_adapt_it(space):
+    old = agent_of(ppo_kl, space)
+    rollout = rollout_of(old)
+    for d_targ in 1e-9, 1e9:
+        assert updated(old, rollout, 0.1, 0.0, d_targ=d_targ, **WHOLE)[0].beta > 0
+        assert updated(old, rollout, 0.1, 0.0, d_targ=d_targ, adapt_beta=False, **WHOLE)[0].beta == 0
+
+
+@SPACES
+def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothing_else_moves_it(space):
+    agent = agent_of(ppo_kl, space)
+    old, theta = copy.deepcopy(agent), as_vector([*agent.parameters()])
+    args = Args(update_epochs=2, **WHOLE)
+    update(agent, old, theta, torch.optim.SGD([theta], 0.1), rollout_of(agent), args)
+    assert_equal_to_the_bit(old, agent)
+    assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name == "ppo_kl"], indirect=True)

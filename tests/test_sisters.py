@@ -9,15 +9,16 @@ from helpers import SCRIPTS
 # What is an algorithm's own although another script has something of that name.
 OWN = {
     "a3c": {"Args.env_id", "Args.seed", "Args.learning_rate", "Args.ent_coef", "Args.max_grad_norm", "Args.cuda",
-            "Agent.__init__", "Agent.noise", "Agent.act", "score_loss", "make_env", "open_envs", "evaluate", "main", "check", "train"},
-    "ddpg": {"Args.env_id", "Args.num_envs", "Agent.__init__", "Agent.act", "mlp", "open_envs", "collect", "update",
-             "check", "train"},
-    "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Agent.__init__", "softmax_log_prob",
-                  "collect", "update", "check", "train"},
-    "trpo": {"Args.num_steps", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs", "Agent.__init__", "Agent.kl",
-             "gae", "collect", "update", "check", "train"},
-    "ppo_clip": {"update", "check", "train"},
-    "ppo_kl": {"Agent.__init__", "Agent.kl", "update", "check", "train"},
+            "Args.__post_init__", "make_env", "Agent.__init__", "Agent.noise", "Agent.act", "score_loss", "train", "evaluate",
+            "main"},
+    "ddpg": {"Args.env_id", "Args.num_envs", "Args.__post_init__", "make_env", "mlp", "Agent.__init__", "Agent.act",
+             "collect", "update", "train"},
+    "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Args.__post_init__",
+                  "Agent.__init__", "log_prob", "collect", "update", "train"},
+    "trpo": {"Args.num_steps", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs", "Args.__post_init__",
+             "Agent.__init__", "gae", "collect", "update", "train"},
+    "ppo_clip": {"update", "train"},
+    "ppo_kl": {"Args.__post_init__", "Agent.__init__", "update", "train"},
 }
 
 

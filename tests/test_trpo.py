@@ -9,16 +9,19 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.distributions import kl_divergence
+from tqdm import tqdm
 
 import ppo_clip
 import trpo
-from oracles import Process, agent_of, code, flat, frozen, gradient, policy
+from oracles import (
+    Clock, Process, agent_of, assert_acts_alone, assert_equal_to_the_bit, code, flat, frozen, gradient, policy, value,
+)
 from trpo import (
-    Actor, Args, Rollout, as_vector, ascended_dual, collect, conjugate_gradient, fit_values, gae,
-    gaussian_kl, make_env, softmax_kl, softmax_log_prob, solve_cg, solve_penalty, surrogate, update,
+    Actor, Args, Rollout, as_vector, ascended_dual, collect, conjugate_gradient, fit_values, gae, log_prob, make_env,
+    solve_cg, solve_penalty, surrogate, update,
 )
 
-CPU = torch.device("cpu")
+BAR = tqdm(disable=True)
 SPACES = pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "continuous"])
 
 
@@ -45,7 +48,7 @@ def pair(seed, gamma, distance=1.0, ascending=False):
 def expected_surrogate(process, old, new, visits):
     """The script's surrogate of all states and actions at once, each weighted by how often it is visited"""
     states, actions = torch.cartesian_prod(*map(torch.arange, process.shape)).T
-    ratio = (softmax_log_prob(new[states], actions) - softmax_log_prob(old[states], actions)).exp()
+    ratio = (log_prob(new[states], None, actions) - log_prob(old[states], None, actions)).exp()
     weights = (visits * process.advantages(old)).flatten() * len(states)
     return surrogate(ratio, weights)
 
@@ -91,7 +94,7 @@ def test_the_surrogate_less_a_multiple_of_the_largest_kl_is_a_lower_bound_of_the
         gain = process.J(new) - process.J(old)
         value = expected_surrogate(process, old, new, process.visits(old))
         C = 4 * process.advantages(old).abs().max() * gamma / (1 - gamma) ** 2
-        assert gain >= value - C * softmax_kl(new, old).max()
+        assert gain >= value - C * trpo.kl_divergence(new, None, old, None).max()
         overestimated += gain < value
     assert overestimated > 30  # so that it does take a penalty
 
@@ -148,7 +151,14 @@ def solved(agent, *samples, **settings):
     """A copy after solve_cg, and its metrics"""
     agent = copy.deepcopy(agent)
     theta = as_vector(agent.policy_parameters())
-    return agent, solve_cg(agent, theta, *samples, Args(**settings))
+    return agent, solve_cg(agent, theta, *samples, args_of(**settings))
+
+
+def args_of(**settings):
+    """Also of numbers that a command line can't give"""
+    args = Args()
+    vars(args).update(settings)
+    return args
 
 
 def gain_and_kl(old, new, x, action, advantage):
@@ -259,8 +269,7 @@ FAILURES = {  # settings, and what takes the place of a part of trpo
     "no_tries": ({"backtrack_iters": 0}, {}),
     "downhill": ({}, {"conjugate_gradient": lambda *args: -conjugate_gradient(*args)}),
     "level": ({}, {"surrogate": lambda *args: surrogate(*args) - surrogate(*args).detach()}),
-    "too_far": ({}, {"softmax_kl": lambda *args: softmax_kl(*args) + 1,
-                     "gaussian_kl": lambda *args: gaussian_kl(*args) + 1}),
+    "too_far": ({}, {"kl_divergence": lambda *args, kl=trpo.kl_divergence: kl(*args) + 1}),
 }
 
 
@@ -282,7 +291,7 @@ def test_advantages_that_tell_nothing_leave_the_policy_as_it_was_to_the_bit(spac
 def assert_unmoved(agent, *samples, **settings):
     new, metrics = solved(agent, *samples, **settings)
     assert torch.equal(theta_of(new), theta_of(agent))
-    assert metrics["losses/backtracks"] == Args(**settings).backtrack_iters
+    assert metrics["losses/backtracks"] == args_of(**settings).backtrack_iters
 
 
 @pytest.mark.parametrize("eps, tries", [(0.01, 0), (-0.01, 10)], ids=["taken", "failed"])
@@ -295,10 +304,11 @@ def test_no_metric_of_a_search_needs_a_gradient_of_which_torch_would_warn(eps, t
 @pytest.mark.filterwarnings("ignore:.*out of date")
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "CartPole-v1"])
 def test_each_update_of_a_run_stays_in_the_trust_region_and_gains(env_id, monkeypatch):
-    actors = [Actor(make_env(env_id)) for _ in range(2)]
+    actors = [Actor(make_env(env_id), BAR) for _ in range(2)]
     env = actors[0].env
     agent, moved = trpo.Agent(env.observation_space, env.action_space), []
-    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    old = copy.deepcopy(agent)
+    theta, phi = as_vector(agent.policy_parameters()), as_vector([*agent.critic.parameters()])
     optimizer, args = torch.optim.Adam([phi], 1e-3), Args(update_epochs=2)
 
     def watched(agent, theta, *samples):
@@ -312,7 +322,7 @@ def test_each_update_of_a_run_stays_in_the_trust_region_and_gains(env_id, monkey
 
     monkeypatch.setattr(trpo, "solve_cg", watched)
     for _ in range(10):
-        update(agent, theta, phi, None, optimizer, collect(agent, actors, 128, CPU), args)
+        update(agent, old, theta, phi, None, optimizer, collect(old, actors, 128), args)
     assert len(moved) == 10 and sum(moved) >= 9
 
 
@@ -380,9 +390,13 @@ def rollout_of(agent, T=16, N=4):
 def updated(agent, rollout, **settings):
     """A copy after the update by plain gradient descent, and the metrics"""
     agent = copy.deepcopy(agent)
-    theta, phi = as_vector(agent.policy_parameters()), as_vector(agent.critic.parameters())
+    return agent, update_with(agent, copy.deepcopy(agent), rollout, **settings)
+
+
+def update_with(agent, old, rollout, **settings):
+    theta, phi = as_vector(agent.policy_parameters()), as_vector([*agent.critic.parameters()])
     optimizers = torch.optim.SGD([theta], 0.1), torch.optim.SGD([phi], 0.1)
-    return agent, update(agent, theta, phi, *optimizers, rollout, Args(**settings))
+    return update(agent, old, theta, phi, *optimizers, rollout, Args(**settings))
 
 
 def moved(old, new):
@@ -423,7 +437,7 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
     count = agent.obs_norm.count.clone()
     new, _ = updated(agent, rollout, gamma=0.75, gae_lambda=1.0, minibatch_size=64)
     agent.obs_norm = new.obs_norm  # an update takes the rollout's in first
-    values, next_values = (agent.value(agent.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
+    values, next_values = (value(agent, agent.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
     returns = torch.zeros(16, 4).double()
     for t, n in np.ndindex(16, 4):
         for k in range(t, 16):  # to the end of the episode or of the rollout
@@ -442,10 +456,20 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
     assert new.obs_norm.count == count + 64
 
 
+@SPACES
+@pytest.mark.parametrize("solver", ["cg", "penalty"])
+def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothing_else_moves_it(space, solver):
+    agent = agent_of(trpo, space)
+    old = copy.deepcopy(agent)
+    update_with(agent, old, rollout_of(agent), solver=solver, update_epochs=2)
+    assert_equal_to_the_bit(old, agent)
+    assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
+
+
 def test_the_critic_descends_its_squared_error():
     agent, x, _, target = problem(Discrete(3))
     new = copy.deepcopy(agent)
-    phi = as_vector(new.critic.parameters())
+    phi = as_vector([*new.critic.parameters()])
     args = Args(minibatch_size=40, update_epochs=2)
     fit_values(new, phi, torch.optim.SGD([phi], 0.1), x, target, args)
     for _ in range(2):
