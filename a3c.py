@@ -66,7 +66,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -471,8 +470,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
         versions = {name: module.__version__ for name, module in used.items() if module}
-        config = {"script": SCRIPT, "args": asdict(args), "versions": versions}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        (folder / "config.json").write_text(config)
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
@@ -524,7 +523,6 @@ class Run:
         self.due = time.time() + CHECKPOINT_SECONDS
 
     def finish(self, step: int) -> int:
-        """The last checkpoint, and a summary; returns the exit code."""
         self.save(step)
         if self.args.track:
             self.wandb.finish()
@@ -639,7 +637,7 @@ def settings() -> tuple[Args, Path, dict]:
         raise Failure("--resume and --evaluate: choose one")
     if not paths:
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
-        return args, Path(args.runs_dir, re.sub("[/:]", "-", name)), {}
+        return args, Path(args.runs_dir, name.replace("/", "-").replace(":", "-")), {}
     file = Path(paths[0], "checkpoint.pt") if Path(paths[0]).is_dir() else Path(paths[0])
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
@@ -653,8 +651,7 @@ def settings() -> tuple[Args, Path, dict]:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # "?" for what a console can't show
+    sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
