@@ -560,12 +560,11 @@ def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, folder
             raise
 
 
-def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
+def train(args: Args, agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Trains from the start or from a checkpoint; returns the exit code."""
     step = checkpoint.get("global_step", 0)
     if step >= args.total_timesteps:
         raise Failure(f"--total-timesteps: go beyond step {step}")
-    envs[0].close()  # each process makes its own
     theta, context, N = as_vector([*agent.parameters()]).data, mp.get_context("spawn"), args.num_workers
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=agent)
@@ -605,7 +604,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                     seen[n] = shared.steps[n]
                     if idle[n] > args.patience:
                         raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
-                run.bar.update(shared.T.value - run.bar.n)
+                run.bar.update(min(shared.T.value, args.total_timesteps) - run.bar.n)
                 if time.time() > run.due:
                     run.save(shared.T.value)
     finally:
@@ -659,19 +658,19 @@ def main() -> None:
         training, step = args.evaluate is None, checkpoint.get("global_step", 0)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
-        envs = [make_env(args.env_id, args.capture_video and not training)]
-        agent = Agent(envs[0].observation_space, envs[0].action_space, args.lstm)
+        env = make_env(args.env_id, args.capture_video and not training)
+        agent = Agent(env.observation_space, env.action_space, args.lstm)
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video and not training:
-            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix="evaluation")
-        code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
-        for env in envs:
-            env.close()
-        sys.exit(code)
+            env = Recorder(env, str(folder / "videos"), name_prefix="evaluation")
+        if not training:
+            evaluate(agent, env, args.eval_episodes)
+        env.close()
+        sys.exit(train(args, agent, folder, checkpoint) if training else 0)  # each actor-learner makes its own
     except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
