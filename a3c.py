@@ -141,19 +141,19 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    seen, done = env.observation_space, env.action_space
-    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
-    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
-    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an Atari game, ALE/…, or an --env-id that "
-                      "observes a vector, and takes a vector of floats or Discrete actions from 0")
-    done.seed(np.random.randint(2**31))  # some environments draw from it
+    observed, acted = env.observation_space, env.action_space
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or an environment "
+                      "that observes a vector and takes a vector of floats or Discrete actions from 0")
+    acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        bounded = np.isfinite(done.low) & np.isfinite(done.high)
-        low, high = np.where(bounded, done.low, -1), np.where(bounded, done.high, 1)
+        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
+        low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
-        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
+        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
 
 
@@ -220,7 +220,7 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 class RunningNorm(nn.Module):
     """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
-    numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
+    numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -305,7 +305,7 @@ def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
 # Pure functions of tensors, which only rmsprop_ changes; shapes that don't broadcast raise torch's RuntimeError.
 
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
-    """log πθ(a|s) of a Gaussian, Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π, or a softmax, f_θ(s,a) − log Σ_a' exp f_θ(s,a').
+    """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
     actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
     if log_std is None:
@@ -315,16 +315,16 @@ def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
 
 
 def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
-    """Mean entropy of πθ(·|s) in nats: Σ_A log σ + ½ log 2πe, or −Σ_a π log π;   arguments as of log_prob → ()"""
+    """Mean entropy of πθ(·|s) in nats: Σ_A (log σ + ½ log 2πe), or −Σ_a π log π;   arguments as of log_prob → ()"""
     if log_std is None:
         log_probs = output.log_softmax(-1)
         return -(log_probs.exp() * log_probs).sum(-1).mean()
     return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(log_std)
 
 
-def score_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
-    """−Σ_i log π(a_i|s_i; θ') A_i, whose gradient is −dθ of A3C-16;   log_prob, advantage (k,) → ()"""
-    return -(log_prob * advantage).sum()  # [A3C-GRAD]
+def score_loss(log_probs: Tensor, advantage: Tensor) -> Tensor:
+    """−Σ_i log π(a_i|s_i; θ') A_i, whose gradient is −dθ of A3C-16;   log_probs, advantage (k,) → ()"""
+    return -(log_probs * advantage).sum()  # [A3C-GRAD]
 
 
 def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
@@ -356,16 +356,16 @@ def rmsprop_(theta: Tensor, square_avg: Tensor, grad: Tensor, learning_rate: flo
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# What all actor-learners read and write, in shared memory: the agent, with θ and θ_v as one vector, theta; T, steps that
-# all have taken; steps of each; and a lock for T and the running statistics
+# What all actor-learners read and write, in shared memory: the agent, with θ and θ_v as one vector, theta; T, the steps
+# of all; the steps of each; and a lock for whoever changes T or the running statistics
 Shared = namedtuple("Shared", "agent theta T steps lock")
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args) -> Iterator[tuple]:
-    """Algorithm S3 from top to bottom, as the n-th process runs it. Tells after each segment: T; return and length of the
-    episode that ended, or None; the step size; per step the losses of policy and value function, and the entropy."""
+    """Algorithm S3 from top to bottom, as the n-th process runs it. Yields after each segment T, (return, length) of an
+    episode that ended or None, the step size, and per step the losses of policy and value function and the entropy."""
     device, theta, memory = agent.critic.weight.device, as_vector([*agent.parameters()]), None
     agent.obs_norm, agent.value_norm = shared.agent.obs_norm, shared.agent.value_norm
     # [A3C-1] initialise own step counter t ← 1
@@ -457,7 +457,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 class Recorder(gym.wrappers.RecordVideo):
     def stop_recording(self) -> None:
-        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
         super().stop_recording()
 
 
@@ -506,7 +506,8 @@ class Run:
         else:
             metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
-        self.unsent += [{"global_step": step, **metrics}] * self.args.track
+        if self.args.track:
+            self.unsent.append({"global_step": step, **metrics})
 
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
@@ -569,7 +570,8 @@ def train(args: Args, agent: Agent, folder: Path, checkpoint: dict) -> int:
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=agent)
     workers, seen, idle, stops = {}, [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
-    if masks := hasattr(signal, "pthread_sigmask"):  # a signal waits until all have started; they themselves never see it
+    run.collecting = False  # so that a signal waits until all have started; they themselves never see it
+    if masks := hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
         ours, theirs = context.Pipe(duplex=False)
@@ -603,6 +605,7 @@ def train(args: Args, agent: Agent, folder: Path, checkpoint: dict) -> int:
                     idle[n] = idle[n] + passed if shared.steps[n] == seen[n] else 0
                     seen[n] = shared.steps[n]
                     if idle[n] > args.patience:
+                        run.save(shared.T.value)
                         raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
                 run.bar.update(min(shared.T.value, args.total_timesteps) - run.bar.n)
                 if time.time() > run.due:
@@ -673,7 +676,7 @@ def main() -> None:
         sys.exit(train(args, agent, folder, checkpoint) if training else 0)  # each actor-learner makes its own
     except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -48,7 +48,7 @@ Symbols     variable            shape     meaning
     γ, τ                                  settings: see Args
 
 Departures from the slides
-    DDPG-2    none has batch normalisation, which the paper adds to its networks.
+    DDPG-1    the networks have no batch normalisation, which the paper's have.
     DDPG-6    noise is Gaussian by default, as later work found the paper's Ornstein-Uhlenbeck process no better.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
@@ -132,15 +132,15 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    seen, done = env.observation_space, env.action_space
-    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
-    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and continuous and done.is_bounded()):
-        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an --env-id that observes a vector and takes "
-                      "a vector of floats with bounds, or another script: they take Discrete actions, or no bounds, too")
-    done.seed(np.random.randint(2**31))  # some environments draw from it
-    # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-    middle, half = done.high / 2 + done.low / 2, done.high / 2 - done.low / 2
-    return gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
+    observed, acted = env.observation_space, env.action_space
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and continuous and acted.is_bounded()):
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector and takes "
+                      "a vector of floats with bounds, or another script: they take other actions, too")
+    acted.seed(np.random.randint(2**31))  # some environments draw from it
+    # [DETAIL] −1 and 1 become the ends of the environment's range.
+    middle, half = acted.high / 2 + acted.low / 2, acted.high / 2 - acted.low / 2
+    return gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
 
 
 class Actor:
@@ -290,8 +290,8 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         actions = torch.rand(noise.shape) * 2 - 1
     else:
         # [DDPG-6] a_t = μ(s_t|θ^μ) + N_t
-        decay = args.ou_theta if args.noise == "ou" else 1.0
-        noise.copy_(ornstein_uhlenbeck(noise, torch.randn(noise.shape), decay, args.noise_std))
+        normal, ou = torch.randn(noise.shape), args.noise == "ou"
+        noise.copy_(ornstein_uhlenbeck(noise, normal, args.ou_theta, args.noise_std) if ou else args.noise_std * normal)
         actions = acting.act(torch.from_numpy(obs), noise)
     for n, (actor, s, a) in enumerate(zip(actors, obs, actions.numpy())):
         # [DDPG-7] execute a_t, observe r_t and s_{t+1}
@@ -349,7 +349,7 @@ CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the repl
 
 class Recorder(gym.wrappers.RecordVideo):
     def stop_recording(self) -> None:
-        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
         super().stop_recording()
 
 
@@ -398,7 +398,8 @@ class Run:
         else:
             metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
-        self.unsent += [{"global_step": step, **metrics}] * self.args.track
+        if self.args.track:
+            self.unsent.append({"global_step": step, **metrics})
 
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
@@ -426,10 +427,10 @@ class Run:
 
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Iterates from the start or from a checkpoint; returns the exit code."""
-    step, batch_size = checkpoint.get("global_step", 0), args.num_envs
-    end = args.total_timesteps - (args.total_timesteps - step) % batch_size
+    step, N = checkpoint.get("global_step", 0), args.num_envs
+    end = args.total_timesteps - (args.total_timesteps - step) % N
     if end <= step:
-        raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
+        raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {N} steps")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     acting = copy.deepcopy(agent)  # stays on the CPU
     agent.to(device)
@@ -438,7 +439,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     actor_optimizer = torch.optim.Adam([vectors[0]], fused=True)
     critic_optimizer = torch.optim.Adam([vectors[1]], fused=True)
     S, A = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    replay, noise, losses = Replay(args.buffer_size, S, A, device), torch.zeros(args.num_envs, A), []
+    replay, noise, losses = Replay(args.buffer_size, S, A, device), torch.zeros(N, A), []
     parts = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "replay": replay}
     for name, part in parts.items():
         if checkpoint:
@@ -457,12 +458,12 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
             run.collecting = True
             episodes = collect(acting, actors, replay, noise, step, args)
             run.collecting = False
-            step += batch_size
+            step += N
             for episodic_return, length in episodes:
                 run.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
             if step > args.learning_starts:
                 losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args) for _ in actors]
-            if step % LOG_STEPS < batch_size:
+            if step % LOG_STEPS < N:
                 log_losses()  # before a save, as they tell whether the networks are finite
                 if time.time() > run.due:
                     run.save(step)
@@ -521,14 +522,15 @@ def main() -> None:
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video:
-            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=f"step-{step}" if training else "evaluation")
+            name = f"step-{step}" if training else "evaluation"
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()
         sys.exit(code)
     except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

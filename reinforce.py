@@ -34,12 +34,15 @@ Symbols     variable            shape     meaning
     G_t     returns             (B,)      return from t: r_t + γ r_{t+1} + … to the end of the episode
     V       values              (B,)      critic's estimate of G_t, with --baseline
     N, γ, α                               settings: see Args
+
 Departures from the slides
-    RF-4      θ moves once for N episodes, not at each t: the later steps of an episode are then still samples of the
-              policy that the gradient is taken at. α goes through Adam.
-    G_t       is scaled to mean 0 and variance 1 over an update's steps by default: so actions count by how much better
-              than the update's average they did. --no-norm-returns --num-envs 1 is the slide: G_t, after each episode.
-              With --baseline, G_t − V(s_t) takes its place, an advantage.
+    RF-4      θ moves once for N episodes, by the mean of their gradients, not at each t: the later steps of an episode
+              are then still samples of the policy that the gradient is taken at. α goes through Adam.
+    G_t       The weight of ∂ log πθ is, by flags, where "scaled" means to mean 0 and variance 1 over an update's steps:
+                  (default)                     G_t, scaled: how much better than the update's average it was
+                  --no-norm-returns             G_t, the slide's; with --num-envs 1 after each episode
+                  --baseline                    G_t − V(s_t), scaled
+                  --baseline --no-norm-returns  G_t − V(s_t), the slide's advantage
               An episode that a time limit ends has ended: G_t is what it earned until then.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
@@ -118,19 +121,19 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    seen, done = env.observation_space, env.action_space
-    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
-    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
-    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an --env-id that observes a vector and takes "
+    observed, acted = env.observation_space, env.action_space
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector and takes "
                       "a vector of floats or Discrete actions from 0")
-    done.seed(np.random.randint(2**31))  # some environments draw from it
+    acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        bounded = np.isfinite(done.low) & np.isfinite(done.high)
-        low, high = np.where(bounded, done.low, -1), np.where(bounded, done.high, 1)
+        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
+        low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
-        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
+        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
 
 
@@ -170,7 +173,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 class RunningNorm(nn.Module):
     """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
-    numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
+    numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -239,7 +242,7 @@ def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
 # Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
-    """log πθ(a|s) of a Gaussian, Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π, or a softmax, f_θ(s,a) − log Σ_a' exp f_θ(s,a').
+    """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
     actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
     if log_std is None:
@@ -250,18 +253,18 @@ def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
 
 
 def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
-    """Mean entropy of πθ(·|s) in nats: Σ_A log σ + ½ log 2πe, or −Σ_a π log π;   arguments as of log_prob → ()"""
+    """Mean entropy of πθ(·|s) in nats: Σ_A (log σ + ½ log 2πe), or −Σ_a π log π;   arguments as of log_prob → ()"""
     if log_std is None:
         log_probs = output.log_softmax(-1)
         return -(log_probs.exp() * log_probs).sum(-1).mean()
     return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(log_std)
 
 
-def score_loss(log_prob: Tensor, weight: Tensor, episodes: int) -> Tensor:
-    """−1/N Σ_t log πθ(a_t|s_t) · weight_t, whose gradient is −∂J/∂θ's estimate;   log_prob, weight (B,) → ()
+def score_loss(log_probs: Tensor, weight: Tensor, episodes: int) -> Tensor:
+    """−1/N Σ_t log πθ(a_t|s_t) · weight_t, whose gradient is −∂J/∂θ's estimate;   log_probs, weight (B,) → ()
 
     The weight is G_t, a sample of Q^πθ(s_t,a_t), or an advantage; no gradient passes through it."""
-    return -(log_prob * weight).sum() / episodes  # [PG-THM] [PG-BACKPROP]
+    return -(log_probs * weight).sum() / episodes  # [PG-THM] [PG-BACKPROP]
 
 
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -281,8 +284,8 @@ Episode = namedtuple("Episode", "obs actions rewards end episodic_return")
 
 @torch.no_grad()
 def collect(acting: Agent, actors: list[Actor], limit: int) -> tuple[list[Episode], int]:
-    """[RF-2] for each episode ~ πθ: N at a time, one from each actor. The run's last steps may leave some unfinished:
-    from these nothing is learned. Returns the others, and the number of all steps."""
+    """[RF-2] for each episode ~ πθ: N at a time, one from each actor. The end of the run, after `limit` steps, leaves
+    some unfinished. Returns those that ended, and the number of all steps."""
     taken, running, episodes, steps = [[] for _ in actors], list(range(len(actors))), [], 0
     while running and steps < limit:
         now = running[: limit - steps]
@@ -312,20 +315,22 @@ def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, 
     with torch.no_grad():
         x = agent.obs_norm(obs)
         returns = torch.cat([returns_to_go(episode.rewards, args.gamma) for episode in episodes]).to(theta.device)
-        values = agent.value_norm.inverse(agent.critic(x).squeeze(-1))
-        weights = returns - values if args.baseline else returns  # [A2C-ADV]
+        weights = returns
+        if args.baseline:
+            values = agent.value_norm.inverse(agent.critic(x).squeeze(-1))
+            weights = returns - values  # [A2C-ADV]
         if args.norm_returns:
             # [DETAIL] Returns of one sign push all actions the same way, and their size would decide the step's.
             weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     # [RF-3] for t = 1 to T do: all t of all episodes at once
-    log_probs = log_prob(agent.actor(x), agent.log_std, actions)
-    policy_loss = score_loss(log_probs, weights, len(episodes))
     # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
+    output = agent.actor(x)
+    policy_loss = score_loss(log_prob(output, agent.log_std, actions), weights, len(episodes))
     theta.grad.zero_()
     policy_loss.backward()
     policy_optimizer.step()
     # [RF-5] end for
-    metrics = {"losses/policy_loss": policy_loss, "losses/entropy": entropy(agent.actor(x), agent.log_std)}
+    metrics = {"losses/policy_loss": policy_loss, "losses/entropy": entropy(output, agent.log_std)}
     if args.baseline:
         agent.value_norm.update(returns[:, None])
         targets, losses = agent.value_norm(returns), []
@@ -353,7 +358,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 class Recorder(gym.wrappers.RecordVideo):
     def stop_recording(self) -> None:
-        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
         super().stop_recording()
 
 
@@ -402,7 +407,8 @@ class Run:
         else:
             metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
-        self.unsent += [{"global_step": step, **metrics}] * self.args.track
+        if self.args.track:
+            self.unsent.append({"global_step": step, **metrics})
 
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
@@ -451,7 +457,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
             episodes, steps = collect(acting, actors, args.total_timesteps - step)
             run.collecting = False
             losses = {}
-            if episodes:
+            if len(episodes) == args.num_envs:  # of fewer, as the run ends, the longest would be missing
                 losses = update(agent, acting, theta, phi, policy_optimizer, value_optimizer, episodes, args)
             for episode in episodes:
                 run.log(step + episode.end, dict(zip(METRICS, (episode.episodic_return, len(episode.rewards)))))
@@ -515,14 +521,15 @@ def main() -> None:
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video:
-            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=f"step-{step}" if training else "evaluation")
+            name = f"step-{step}" if training else "evaluation"
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()
         sys.exit(code)
     except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

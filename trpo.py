@@ -129,19 +129,19 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    seen, done = env.observation_space, env.action_space
-    continuous = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.dtype.kind == "f"
-    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
-    if not (isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {seen} and takes {done}: choose an --env-id that observes a vector and takes "
+    observed, acted = env.observation_space, env.action_space
+    continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
+    discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
+    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector and takes "
                       "a vector of floats or Discrete actions from 0")
-    done.seed(np.random.randint(2**31))  # some environments draw from it
+    acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] What a policy calls ±1, a Gaussian's first deviation or all of tanh, becomes the environment's range.
-        bounded = np.isfinite(done.low) & np.isfinite(done.high)
-        low, high = np.where(bounded, done.low, -1), np.where(bounded, done.high, 1)
+        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
+        low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
-        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(done.low, done.high), done)
+        env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
 
 
@@ -181,7 +181,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 class RunningNorm(nn.Module):
     """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
-    numbers around ±1. The statistics are buffers, so they are saved, and frozen in evaluation, with the network."""
+    numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -250,7 +250,7 @@ def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
 # Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
-    """log πθ(a|s) of a Gaussian, Σ_A −½ ((a−μ)/σ)² − log σ − ½ log 2π, or a softmax, f_θ(s,a) − log Σ_a' exp f_θ(s,a').
+    """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
     actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
     if log_std is None:
@@ -260,7 +260,7 @@ def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
 
 
 def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
-    """Mean entropy of πθ(·|s) in nats: Σ_A log σ + ½ log 2πe, or −Σ_a π log π;   arguments as of log_prob → ()"""
+    """Mean entropy of πθ(·|s) in nats: Σ_A (log σ + ½ log 2πe), or −Σ_a π log π;   arguments as of log_prob → ()"""
     if log_std is None:
         log_probs = output.log_softmax(-1)
         return -(log_probs.exp() * log_probs).sum(-1).mean()
@@ -273,7 +273,7 @@ def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def kl_divergence(p: Tensor, log_std_p: Tensor | None, q: Tensor, log_std_q: Tensor | None) -> Tensor:
-    """D_KL(p ‖ q) in nats: Σ_A log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½, or Σ_a p (log p − log q).
+    """D_KL(p ‖ q) in nats: Σ_A (log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½), or Σ_a p (log p − log q).
 
     actor's outputs p, q (B,A), log_stds (A,) or None of a softmax → (B,)"""
     if log_std_p is None:
@@ -467,7 +467,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 class Recorder(gym.wrappers.RecordVideo):
     def stop_recording(self) -> None:
-        tqdm.write(f"video: {self.video_folder}/{self._video_name}.mp4")
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
         super().stop_recording()
 
 
@@ -516,7 +516,8 @@ class Run:
         else:
             metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
-        self.unsent += [{"global_step": step, **metrics}] * self.args.track
+        if self.args.track:
+            self.unsent.append({"global_step": step, **metrics})
 
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
@@ -626,14 +627,15 @@ def main() -> None:
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
         if args.capture_video:
-            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=f"step-{step}" if training else "evaluation")
+            name = f"step-{step}" if training else "evaluation"
+            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()
         sys.exit(code)
     except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's, not the disk's
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

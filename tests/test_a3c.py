@@ -3,11 +3,14 @@
 import contextlib
 import copy
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,17 +21,17 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import TimeLimit
+from tqdm import tqdm
 
 import a3c
 import envs
 from a3c import (
-    Actor, Agent, Args, Segment, Shared, actor_learner, as_vector, gaussian_log_prob, make_env, n_step_advantage,
-    n_step_returns, rmsprop_, score_loss, softmax_log_prob, squared_error,
+    Actor, Agent, Args, Failure, Shared, actor_learner, as_vector, log_prob, make_env, n_step_advantage, n_step_returns,
+    RunningNorm, rmsprop_, score_loss, squared_error,
 )
-from helpers import complaints, finish, iterations, metrics, only_run, run_here, start, wait_for
+from helpers import ROOT, complaints, environment, finish, iterations, metrics, only_run, run, start, wait_for
 from oracles import Process, distribution, flat, gradient
 
-PATH = Path(a3c.__file__)
 KEPT = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
 SPACES = pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "continuous"])
 LSTM = pytest.mark.parametrize("lstm", [False, True], ids=["feedforward", "lstm"])
@@ -89,6 +92,49 @@ class Announced(envs.Counter):
         return super().step(action)
 
 
+class Listed(envs.Counter):
+    """Each episode leaves its process and its seed in a file."""
+
+    file = None
+
+    def reset(self, seed=None, options=None):
+        with open(self.file, "a") as file:
+            print(os.getpid(), seed, file=file)
+        return super().reset(seed=seed)
+
+
+class Halting(envs.Counter):
+    """Stops its process where it is told to, or exits."""
+
+    where = None
+
+    def halt(self, where):
+        if self.where == "exit":
+            os._exit(0)
+        if self.where == where:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def reset(self, seed=None, options=None):
+        self.halt("reset")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.t == 3:
+            self.halt("step")
+        return super().step(action)
+
+    def close(self):
+        self.halt("close")
+
+
+class Slow(envs.Counter):
+    """Takes a second and a half for each reset."""
+
+    def reset(self, seed=None, options=None):
+        time.sleep(1.5)
+        return super().reset(seed=seed)
+
+
 class Broken(envs.Counter):
     """Breaks in the third step."""
 
@@ -98,8 +144,8 @@ class Broken(envs.Counter):
         return 1.0
 
 
-gym.register("Announced-v0", Announced)
-gym.register("Broken-v0", Broken)
+for env in (Announced, Listed, Halting, Slow, Broken):
+    gym.register(f"{env.__name__}-v0", env)
 gym.register("Swing-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=2500)
 
 
@@ -144,7 +190,7 @@ def test_the_policys_gradient_is_by_hand_that_of_a_linear_softmax():
         of_f = torch.stack([x[i].outer(torch.eye(3).double()[a]) for a in range(3)])  # ∇f(s,a), f = (xᵀθ)_a
         pi = (x[i] @ theta).softmax(-1)
         summed = summed + (of_f[action[i]] - torch.einsum("a,asb->sb", pi, of_f)) * advantage[i]
-    loss = score_loss(softmax_log_prob(x @ theta, action), advantage)
+    loss = score_loss(log_prob(x @ theta, None, action), advantage)
     torch.testing.assert_close(gradient(loss, [theta]), -summed.detach().flatten())
 
 
@@ -159,15 +205,12 @@ def test_step_by_step_the_same_gradients_accumulate_as_of_the_sums(space):
     agent, obs, R = Agent(Noise.observation_space, space).double(), torch.randn(7, 3).double(), torch.randn(7).double()
     parameters = list(agent.parameters())
     output, value = agent.actor(agent.body(obs)), agent.critic(agent.body(obs))[:, 0]
-    action, log_prob_of = distribution(agent, output).sample(), {
-        True: softmax_log_prob, False: lambda output, action: gaussian_log_prob(output, agent.log_std, action),
-    }[agent.discrete]
-    d_policy = d_value = 0
+    action, d_policy, d_value = distribution(agent, output).sample(), 0, 0
     for i in reversed(range(7)):
-        log_prob = distribution(agent, output[i]).log_prob(action[i])
-        d_policy = d_policy + gradient(log_prob, parameters, **KEPT) * (R[i] - value[i]).item()
+        score = gradient(distribution(agent, output[i]).log_prob(action[i]), parameters, **KEPT)
+        d_policy = d_policy + score * (R[i] - value[i]).item()
         d_value = d_value + gradient((R[i] - value[i]) ** 2, parameters, **KEPT)
-    loss = score_loss(log_prob_of(output, action), n_step_advantage(R, value))
+    loss = score_loss(log_prob(output, agent.log_std, action), n_step_advantage(R, value))
     torch.testing.assert_close(gradient(loss, parameters, **KEPT), -d_policy)
     torch.testing.assert_close(gradient(squared_error(value, R), parameters, **KEPT), d_value)
     assert d_policy.abs().max() > 0.1 and d_value.abs().max() > 0.1
@@ -206,6 +249,15 @@ class Watched(Actor):
         return self.seen[-1][2:]
 
 
+class Told(NamedTuple):
+    """By an actor-learner, of a segment"""
+
+    T: int
+    episode: tuple | None  # return and length
+    learning_rate: float
+    losses: list
+
+
 class Watch(NamedTuple):
     """Of a segment"""
 
@@ -214,26 +266,24 @@ class Watch(NamedTuple):
     noise_seed: int  # of the actions
     gradient: torch.Tensor  # that was applied
     returns: tuple  # what n_step_returns was given
-    told: Segment
+    told: Told
 
 
 class Trial:
     """The n-th actor-learner of some, run in this process; as an iterator, a Watch of each segment"""
 
-    def __init__(self, monkeypatch, env, n=0, workers=1, T=0, memory=None, **settings):
+    def __init__(self, monkeypatch, env, n=0, workers=1, T=0, **settings):
         self.args = Args(**{"t_max": 5, "max_grad_norm": math.inf} | settings)
         agent, common = (Agent(env.observation_space, env.action_space, self.args.lstm) for _ in range(2))
-        theta = as_vector(common.parameters()).data
+        theta = as_vector([*common.parameters()]).data
         theta += 0.1 * torch.randn_like(theta)  # a policy far from uniform
         common.share_memory()
         assert theta.is_shared()
-        context = torch.multiprocessing.get_context("spawn")
-        square_avg = torch.zeros_like(theta).share_memory_()
-        self.shared = Shared(common, theta, square_avg, context.Value("q", T), context.RawArray("q", workers),
-                             context.Value("b", 0))
-        self.agent, self.actor, self.applied, self.returned, self.seed = agent, Watched(env), [], [], 0
+        context, bar = torch.multiprocessing.get_context("spawn"), tqdm(disable=True)
+        self.shared = Shared(common, theta, context.RawValue("q", T), context.RawArray("q", workers), context.Lock())
+        self.agent, self.actor, self.applied, self.returned, self.seed = agent, Watched(env, bar), [], [], 0
         self.actor.before_step = lambda: None
-        self.segments = actor_learner(n, agent, self.actor, memory, self.shared, self.args)
+        self.segments = actor_learner(n, agent, self.actor, self.shared, self.args)
         monkeypatch.setattr(a3c, "rmsprop_", self.rmsprop)
         monkeypatch.setattr(a3c, "n_step_returns", self.n_step_returns)
 
@@ -251,7 +301,7 @@ class Trial:
     def __next__(self):
         before, self.actor.seen, self.seed = copy.deepcopy(self.shared.agent).double(), [], self.seed + 1
         torch.manual_seed(self.seed)
-        told = next(self.segments)
+        told = Told(*next(self.segments))
         (grad,), (returns,) = self.applied, self.returned
         self.applied, self.returned = [], []
         return Watch(before, self.actor.seen, self.seed, grad, returns, told)
@@ -265,13 +315,17 @@ def trial(monkeypatch):
     return lambda *args, **settings: Trial(monkeypatch, *args, **settings)
 
 
+def deviation(norm):
+    return (norm.var + 1e-8).sqrt()
+
+
 def step_by_step(agent, obs, memory=None):
     """Actor's output and V of each observation, one after the other; the memory after each"""
     outputs, values, memories = [], [], []
     for s in obs:
         s = torch.as_tensor(s, dtype=torch.float32).to(agent.critic.weight.dtype)[None]
         norm = agent.obs_norm
-        x = agent.body(((s - norm.mean) / norm.std).clamp(-10, 10))
+        x = agent.body(((s - norm.mean) / deviation(norm)).clamp(-10, 10))
         if agent.lstm:
             h = memory or (torch.zeros_like(x), torch.zeros_like(x))
             memory = torch.lstm_cell(x, h, *(agent.lstm.get_parameter(f"{name}_l0") for name in (
@@ -286,7 +340,7 @@ def step_by_step(agent, obs, memory=None):
 def true_gradient(watch, memory, args):
     """Of a segment, accumulated by A3C-13 to A3C-18; the losses; the memory that acting leaves"""
     agent, parameters = watch.before, list(watch.before.parameters())
-    mean, std = agent.value_norm.mean, agent.value_norm.std
+    mean, std = agent.value_norm.mean, deviation(agent.value_norm)
     obs, actions, next_obs, rewards, terminated, truncated = zip(*watch.seen)
     outputs, values, memories = step_by_step(agent, (*obs, next_obs[-1]), memory)
     if agent.frames:
@@ -296,11 +350,11 @@ def true_gradient(watch, memory, args):
     for i in reversed(range(len(actions))):
         R = rewards[i] + args.gamma * R
         target, pi = ((R - mean) / std).clamp(-10, 10).item(), distribution(agent, outputs[i])
-        log_prob, advantage = pi.log_prob(torch.as_tensor(actions[i])), target - values[i].item()
+        score, advantage = pi.log_prob(torch.as_tensor(actions[i])), target - values[i].item()
         error, entropy = (target - values[i]) ** 2, pi.entropy()
-        grad = grad - gradient(log_prob, parameters, **KEPT) * advantage + gradient(error, parameters, **KEPT)
+        grad = grad - gradient(score, parameters, **KEPT) * advantage + gradient(error, parameters, **KEPT)
         grad = grad - args.ent_coef * gradient(entropy, parameters, **KEPT)
-        losses += [-log_prob.item() * advantage, error.item(), entropy.item()]
+        losses += [-score.item() * advantage, error.item(), entropy.item()]
     return grad, losses / len(actions), None if terminated[-1] or truncated[-1] else memories[-2]
 
 
@@ -360,7 +414,7 @@ def test_what_other_processes_do_to_theta_is_seen_as_a_segment_begins_and_not_be
     trial.actor.before_step = interfere
     for n in range(20):
         theta += 0.05 * torch.randn_like(theta)
-        at_start, square_avg = theta.clone(), trial.shared.square_avg.clone()
+        at_start, square_avg = theta.clone(), trial.shared.agent.square_avg.clone()
         watch = next(trial)
         assert torch.equal(begun[n], at_start)
         assert_close_to(watch.gradient, true_gradient(watch, None, trial.args)[0])
@@ -384,7 +438,7 @@ def test_the_step_size_falls_to_zero_with_the_steps_that_remain(anneal_lr, trial
         g = 0.99 * g + 0.01 * grad**2
         np.testing.assert_allclose(theta, before - rates[-1] * grad / np.sqrt(g + 0.1), rtol=1e-4, atol=1e-5)
         assert watch.told.learning_rate == pytest.approx(rates[-1]) and watch.told.T == T
-    np.testing.assert_allclose(trial.shared.square_avg, g, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(trial.shared.agent.square_avg, g, rtol=1e-4, atol=1e-7)
     assert T == 60 + 2 and rates[-1] == (0 if anneal_lr else 0.5)
     assert next(trial.segments, None) is None
 
@@ -417,7 +471,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(trial):
     next(trial)
     before = trial.shared.theta.clone(), copy.deepcopy(trial.shared.agent.state_dict())
     trial.actor.env.step = lambda action: (np.zeros(3), np.nan, False, False, {})
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(Failure, match="step 10 has a gradient that isn't finite"):
         next(trial)
     assert torch.equal(trial.shared.theta, before[0])
     assert all(torch.equal(x, before[1][name]) for name, x in trial.shared.agent.state_dict().items())
@@ -427,21 +481,18 @@ def test_a_gradient_that_is_not_finite_is_not_applied(trial):
 
 def test_each_step_is_counted_for_all_and_for_its_worker_as_it_is_taken(trial):
     trial = trial(Noise(), n=1, workers=3, T=100)
-    trial.shared.steps[:] = 70, 30, 0
+    trial.shared.steps[:] = 70, 0, 0
     counts = []
     trial.actor.before_step = lambda: counts.append((trial.shared.T.value, *trial.shared.steps))
     ends = [watch.told.T for watch in trial.take(6)]
-    assert counts == [(100 + i, 70, 30 + i, 0) for i in range(24)]
+    assert counts == [(100 + i, 70, i, 0) for i in range(24)]
     assert ends == [105, 108, 113, 116, 121, 124]
-    assert trial.shared.T.value == 124 and list(trial.shared.steps) == [70, 54, 0]
+    assert trial.shared.T.value == 124 and list(trial.shared.steps) == [70, 24, 0]
 
 
-def test_nobody_comes_between_the_reading_and_the_writing_of_the_count(trial):
+def test_nobody_comes_between_the_reading_and_the_writing_of_the_count_and_the_statistics(trial):
     class Count:
         held, number, read = False, 0, None
-
-        def get_lock(self):
-            return self
 
         def __enter__(self):
             self.held, self.read = True, None
@@ -460,11 +511,18 @@ def test_nobody_comes_between_the_reading_and_the_writing_of_the_count(trial):
             assert self.held and number == self.read + 1 == self.number + 1
             self.number = number
 
-    trial = trial(Noise())
-    trial.shared = trial.shared._replace(T=Count())
-    trial.segments = actor_learner(0, trial.agent, trial.actor, None, trial.shared, trial.args)
+    def update(norm, x):
+        assert count.held
+        updated.append(len(x))
+        return RunningNorm.update(norm, x)
+
+    trial, count, updated = trial(Noise()), Count(), []
+    trial.shared = trial.shared._replace(T=count, lock=count)
+    for norm in (trial.shared.agent.obs_norm, trial.shared.agent.value_norm):
+        norm.update = partial(update, norm)
+    trial.segments = actor_learner(0, trial.agent, trial.actor, trial.shared, trial.args)
     trial.take(4)
-    assert trial.shared.T.number == 16
+    assert count.number == 16 and updated == [5, 5, 3, 3] * 2
 
 
 @pytest.mark.parametrize("length, t_max, segments", [
@@ -498,7 +556,7 @@ def bootstraps(trial, memory=None):
     for watch in trial.take(12):
         obs, _, next_obs, _, terminated, truncated = zip(*watch.seen)
         _, values, _ = step_by_step(watch.before, (*obs, next_obs[-1]), memory)
-        value = watch.before.value_norm.mean + watch.before.value_norm.std * values[-1]
+        value = watch.before.value_norm.mean + deviation(watch.before.value_norm) * values[-1]
         memory = true_gradient(watch, memory, trial.args)[2]
         assert watch.returns[2] == trial.args.gamma
         yield terminated[-1], truncated[-1], value.item(), watch.returns[1].item()
@@ -548,7 +606,7 @@ def test_what_the_networks_see_is_in_units_of_all_observations_and_returns_so_fa
     for norm, data in ((trial.shared.agent.obs_norm, obs), (trial.shared.agent.value_norm, returns)):
         assert norm.count == len(data) == trial.shared.T.value
         np.testing.assert_allclose(norm.mean, data.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(norm.std, data.std(0), rtol=1e-4)
+        np.testing.assert_allclose(deviation(norm), data.std(0), rtol=1e-4)
 
 
 def test_a_reward_counts_by_its_sign_in_a_game_of_frames_only(trial):
@@ -591,11 +649,8 @@ def test_the_features_of_a_sequence_are_those_of_acting_step_by_step(space):
 
 
 @ENDS
-@pytest.mark.parametrize("given", [False, True], ids=["at_the_start", "resumed"])
-def test_the_memory_lasts_as_long_as_the_episode(end, given, trial, monkeypatch):
-    given = (torch.randn(1, 64), torch.randn(1, 64)) if given else None
-    trial, left, episode = trial(end(Noise()), lstm=True, t_max=3, memory=given), given, 0
-    calls = []
+def test_the_memory_lasts_as_long_as_the_episode(end, trial, monkeypatch):
+    trial, left, episode, calls = trial(end(Noise()), lstm=True, t_max=3), None, 0, []
 
     def features(obs, memory):
         result = Agent.features(trial.agent, obs, memory)
@@ -612,7 +667,6 @@ def test_the_memory_lasts_as_long_as_the_episode(end, given, trial, monkeypatch)
             left = after
         if watch.told.episode:
             left, episode = None, episode + 1
-        assert watch.told.memory is left
         calls.clear()
     assert episode == 3
 
@@ -642,8 +696,9 @@ def launch():
     """Starts a run in a session of its own, of which nothing stays"""
     launched = []
 
-    def launch(runs_dir, *flags):
-        launched.append(start(PATH, "--runs-dir", runs_dir, *flags, start_new_session=True))
+    def launch(runs_dir, *flags, script=(ROOT / "a3c.py",)):
+        within_reach = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        launched.append(start(*script, "--runs-dir", runs_dir, *flags, start_new_session=True, env=within_reach))
         return launched[-1]
 
     yield launch
@@ -656,18 +711,9 @@ def launch():
 def begun(launch, tmp_path):
     """A run of two workers that have taken a step, and the workers' pids"""
     process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Announced-v0")
+    assert process.stdout.readline().startswith("run: ")
     assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
     return process, workers_of(process)
-
-
-def is_running(pid):
-    """Whether a process uses the processor during a fifth of a second"""
-    def ticks():
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
-
-    before = ticks()
-    time.sleep(0.2)
-    return ticks() > before
 
 
 def end_of(process, seconds):
@@ -677,174 +723,186 @@ def end_of(process, seconds):
     while processes(process.pid) and time.monotonic() - began < seconds:
         time.sleep(0.01)
     assert processes(process.pid) == {} and time.monotonic() - began < seconds
-    assert "Traceback" not in err
     return code, complaints(err)
-
-
-@PROC
-@pytest.mark.parametrize("n, number, what, seconds", [
-    (1, signal.SIGKILL, "died (exit code -9)", 10),
-    (0, signal.SIGSTOP, "has taken no step", a3c.HANG_SECONDS + 4),
-], ids=["dies", "hangs"])
-def test_a_worker_that_dies_or_hangs_ends_the_run_in_one_line(begun, n, number, what, seconds):
-    process, workers = begun
-    os.kill(workers[n], number)
-    while number == signal.SIGSTOP and not is_running(workers[1 - n]):  # it waits for a lock that the other holds
-        os.kill(workers[n], signal.SIGCONT)
-        time.sleep(0.01)
-        os.kill(workers[n], number)
-    code, (line,) = end_of(process, seconds)
-    assert code == 2 and line.startswith(f"error: worker {n} {what}")
-
-
-@pytest.mark.parametrize("n, seconds, hung", [
-    (0, a3c.HANG_SECONDS, False), (0, a3c.VIDEO_SECONDS, True), (1, a3c.HANG_SECONDS, True),
-])
-def test_the_worker_that_writes_videos_may_take_longer(n, seconds, hung, monkeypatch, tmp_path):
-    process = SimpleNamespace(start=lambda: None, is_alive=lambda: True, sentinel=None)
-    pipe = SimpleNamespace(poll=lambda: False, close=lambda: None)
-    context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process)
-    monkeypatch.setattr(a3c.mp, "get_context", lambda _: context)
-    monkeypatch.setattr(a3c, "wait", lambda *_, **__: None)
-    args = Args(num_workers=2, capture_video=True)
-    workers = a3c.Workers(args, SimpleNamespace(steps=[9, 9]), [{}, {}], tmp_path)
-    workers.idle = [0, 0]
-    workers.idle[n] = seconds + 0.5
-    with pytest.raises(a3c.Failure, match=f"worker {n} has taken no step") if hung else contextlib.nullcontext():
-        list(workers.messages(paused=()))
-
-
-@pytest.mark.parametrize("steps, kept", [(3, True), (95, False)], ids=["repeated", "another"])
-def test_a_memory_is_resumed_with_its_episode_and_not_with_another(steps, kept, handlers, monkeypatch, tmp_path):
-    def spy(n, agent, actor, memory, shared, args):
-        seen.append((memory, len(actor.actions)))
-        return iter(())
-
-    seen, memory = [], (torch.rand(1, 64), torch.rand(1, 64))
-    monkeypatch.setattr(a3c, "actor_learner", spy)
-    actions = torch.zeros(steps, dtype=torch.int64)  # of an environment whose episodes are ever shorter than 95
-    state = {"memory": memory, "losses": [], "seed": 1, "actions": actions, "rng_state": torch.get_rng_state()}
-    a3c.work(0, Args("envs:Unrepeatable-v0", num_workers=1, lstm=True), None, None, 1, state, tmp_path)
-    ((resumed, taken),) = seen
-    assert taken == (steps if kept else 0)
-    assert all(map(torch.equal, resumed, memory)) if kept else resumed is None
-
-
-@PROC
-def test_workers_do_not_outlive_the_run(begun):
-    process, _ = begun
-    process.kill()
-    assert end_of(process, seconds=5)[0] == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
-@pytest.mark.parametrize("env_id", ["Counter-v0", "Broken-v0"])
-def test_a_worker_whose_run_is_no_more_ends_without_a_word(env_id, error, trial, handlers, tmp_path, capfd):
-    class Pipe:
-        def send(self, message):
-            raise error
-
-    shared = trial(make_env(env_id)).shared
-    a3c.work(0, Args(env_id, num_workers=1), shared, Pipe(), 1, {}, tmp_path)
-    assert 0 < shared.T.value <= 5 and capfd.readouterr() == ("", "")
-
-
-@PROC
-def test_what_an_environment_raises_in_a_worker_is_told_in_one_line(launch, tmp_path):
-    process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Broken-v0")
-    code, (line,) = end_of(process, seconds=60)
-    assert code == 2 and line.startswith("error: worker ") and "RuntimeError: the simulator broke" in line
-
-
-@pytest.fixture(scope="module")
-def stopped_early(launch, tmp_path_factory):
-    """The folder of a run of two that Ctrl-C reached, with all its processes, while the workers were starting"""
-    runs = tmp_path_factory.mktemp("early")
-    process = launch(runs, "--num-workers", 2, "--env-id", "envs:Counter-v0", "--total-timesteps", 3000, "--t-max", 4)
-    wait_for(lambda: len(workers_of(process)) == 2, process)
-    time.sleep(0.3)  # the second one has its orders by then
-    os.killpg(process.pid, signal.SIGINT)
-    assert end_of(process, seconds=60) == (130, [])
-    return only_run(runs)
 
 
 def load(run_folder):
     return torch.load(run_folder / "checkpoint.pt", weights_only=True)
 
 
-@PROC
-def test_ctrl_c_while_the_workers_start_saves_what_there_is(stopped_early):
-    checkpoint = load(stopped_early)
-    assert 0 < checkpoint["global_step"] == sum(checkpoint["steps"]) < 500
+def told(env, name, values, n, *others):
+    """The n-th process, where an environment is told the n-th value"""
+    setattr(env, name, values[n])
+    a3c.work(n, *others)
 
 
 @PROC
-def test_each_worker_has_random_numbers_of_its_own(stopped_early):
-    one, other = load(stopped_early)["workers"]
-    assert one["seed"] != other["seed"] and not torch.equal(one["rng_state"], other["rng_state"])
+@pytest.mark.parametrize("where", ["reset", "step", "close"])
+def test_a_worker_that_stops_ends_the_run_in_one_line_and_what_it_has_saved_stays(where, main, monkeypatch, tmp_path):
+    monkeypatch.setattr(a3c, "work", partial(told, Halting, "where", [None, where]))
+    monkeypatch.setattr(a3c, "CHECKPOINT_SECONDS", 0.5)
+    total = 500 if where == "close" else 10**9
+    code, _, err = main("--env-id", "test_a3c:Halting-v0", "--num-workers", 2, "--total-timesteps", total,
+                        "--patience", 4, "--runs-dir", tmp_path)
+    assert (code, complaints(err)) == (2, ["error: worker 1 has taken no step for --patience 4.0 seconds"])
+    assert multiprocessing.active_children() == []
+    assert load(only_run(tmp_path))["global_step"] >= 500  # the other went on; complete, if the end is all that hangs
 
 
 @PROC
-def test_two_workers_count_all_their_steps_and_end_with_the_last(stopped_early, main, tmp_path):
-    folder = shutil.copytree(stopped_early, tmp_path / "moved")
-    code, _, err = main("--resume", folder)
+def test_a_worker_that_goes_early_without_a_word_ends_the_run(main, monkeypatch, tmp_path):
+    monkeypatch.setattr(a3c, "work", partial(told, Halting, "where", [None, "exit"]))
+    code, _, err = main("--env-id", "test_a3c:Halting-v0", "--num-workers", 2, "--total-timesteps", 20000, "--runs-dir",
+                        tmp_path)
+    assert (code, complaints(err)) == (2, ["error: worker 1 ended early, with exit code 0"])
+    assert multiprocessing.active_children() == []
+
+
+def test_a_reset_that_takes_longer_than_a_step_is_no_hang(main, tmp_path):
+    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", 4,
+                        "--runs-dir", tmp_path)
     assert (code, complaints(err)) == (0, [])
-    checkpoint = load(folder)
-    assert 3000 <= checkpoint["global_step"] == sum(checkpoint["steps"]) < 3000 + 2 * 4
-    assert min(checkpoint["steps"]) > 300
-    steps = [int(row["global_step"]) for row in metrics(folder)]
-    assert steps == sorted(steps) and steps[-1] == checkpoint["global_step"]
+
+
+@PROC
+def test_a_worker_that_dies_ends_the_run_in_one_line(begun):
+    process, workers = begun
+    os.kill(workers[1], signal.SIGKILL)
+    assert end_of(process, seconds=10) == (2, ["error: worker 1 ended early, with exit code -9"])
+
+
+@PROC
+def test_a_run_of_which_a_worker_is_stopped_can_be_terminated_at_once_and_saves(begun, tmp_path):
+    process, workers = begun
+    os.kill(workers[0], signal.SIGSTOP)
+    process.terminate()
+    assert end_of(process, seconds=5) == (143, [])
+    assert load(only_run(tmp_path))["global_step"] > 0
+
+
+@PROC
+def test_a_run_that_is_killed_has_saved_while_its_workers_ran_and_none_outlives_it(launch, main, tmp_path):
+    hurried = "-c", "import a3c; a3c.CHECKPOINT_SECONDS = 0.1; a3c.main()"
+    process, steps = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", script=hurried), {0}
+
+    def three_saves():
+        for path in tmp_path.glob("*/checkpoint.pt"):
+            steps.add(load(path.parent)["global_step"])
+        return len(steps) > 3
+
+    wait_for(three_saves, process)
+    process.kill()
+    code, lines = end_of(process, seconds=5)
+    assert code == -signal.SIGKILL and "Traceback (most recent call last):" not in lines
+    folder = only_run(tmp_path)
+    code, _, err = main("--resume", folder, "--total-timesteps", load(folder)["global_step"] + 1000)
+    assert (code, complaints(err)) == (0, [])
+    rows = [int(row["global_step"]) for row in metrics(folder)]
+    assert rows == sorted(rows) and rows[-1] == load(folder)["global_step"] > max(steps)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_worker_ends_without_a_word_where_its_run_is_no_more_and_only_there(
+        alive, error, trial, handlers, monkeypatch, tmp_path, capfd):
+    def send(message):
+        raise error
+
+    monkeypatch.setattr(a3c.mp, "parent_process", lambda: SimpleNamespace(is_alive=lambda: alive))
+    shared = trial(make_env("envs:Counter-v0")).shared
+    with pytest.raises(error) if alive else contextlib.nullcontext():
+        a3c.work(0, Args("envs:Counter-v0", num_workers=1), shared, SimpleNamespace(send=send), 1, tmp_path)
+    assert shared.T.value == 5 and capfd.readouterr() == ("", "")
+
+
+@PROC
+def test_what_an_environment_raises_in_a_worker_is_shown_as_a_traceback_and_ends_the_run_in_a_line(launch, tmp_path):
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Broken-v0")
+    code, (*lines, last) = end_of(process, seconds=60)
+    assert code == 2 and last in [f"error: worker {n} ended early, with exit code 1" for n in range(2)]
+    assert "Traceback (most recent call last):" in lines and "RuntimeError: the simulator" in lines
+
+
+def test_what_the_user_can_mend_is_sent_in_a_line(trial, handlers, tmp_path):
+    sent, shared = [], trial(make_env("envs:NanReward-v0")).shared
+    a3c.work(0, Args("envs:NanReward-v0", num_workers=1), shared, SimpleNamespace(send=sent.append), 1, tmp_path)
+    assert sent == ["step 5 has a gradient that isn't finite: lower learning rates, or mend the environment"]
+
+
+@PROC
+@pytest.mark.parametrize("workers, seconds", [(0, 0), (1, 0), (2, 0), (2, 0.5), (2, 2)])
+def test_ctrl_c_while_the_workers_start_saves_and_leaves_no_process(workers, seconds, launch, main, tmp_path):
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0")
+    assert process.stdout.readline().startswith("run: ")
+    wait_for(lambda: len(workers_of(process)) >= workers, process)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert end_of(process, seconds=5) == (130, [])
+    if workers:  # before there is one, there is nothing to save
+        folder = only_run(tmp_path)
+        code, _, err = main("--resume", folder, "--total-timesteps", load(folder)["global_step"] + 100)
+        assert (code, complaints(err)) == (0, [])
+
+
+def test_two_workers_have_seeds_of_their_own_count_all_their_steps_and_end_with_the_last(main, monkeypatch, tmp_path):
+    file, runs = tmp_path / "list", tmp_path / "runs"
+    monkeypatch.setattr(a3c, "work", partial(told, Listed, "file", [file] * 2))
+    code, _, err = main("--env-id", "test_a3c:Listed-v0", "--num-workers", 2, "--total-timesteps", 3000, "--t-max", 4,
+                        "--runs-dir", runs)
+    assert (code, complaints(err)) == (0, [])
+    T, steps = load(only_run(runs))["global_step"], [int(row["global_step"]) for row in metrics(only_run(runs))]
+    assert 3000 <= T < 3000 + 2 * 4 and steps == sorted(steps) and steps[-1] == T
+    workers, seeds = zip(*map(str.split, file.read_text().splitlines()))
+    assert len(set(seeds)) == len(seeds)
+    assert len(set(workers)) == 2 and min(Counter(workers).values()) > 60
+    assert 0 <= T - 5 * (len(seeds) - 2) <= 2 * 4  # of the last episode of each, 4 steps or none
 
 
 # ── One worker ──────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.fixture(scope="module", params=[("CartPole-v1",), ("test_a3c:Swing-v0", "--lstm")], ids=["feedforward", "lstm"])
+@pytest.fixture(scope="module", params=[("CartPole-v1",), ("test_a3c:Swing-v0", "--lstm"), ("envs:Chance-v0",)],
+                ids=["feedforward", "lstm", "chance"])
 def alone(request):
     return "--num-workers", 1, "--t-max", 7, "--total-timesteps", 4000, "--env-id", *request.param
 
 
 @pytest.fixture(scope="module")
-def whole(alone, tmp_path_factory):
-    """A run of one worker from start to end"""
-    runs = tmp_path_factory.mktemp("whole")
-    code, _, err = run_here(a3c, *alone, "--runs-dir", runs)
-    assert (code, complaints(err)) == (0, [])
-    return only_run(runs)
-
-
-@pytest.fixture(scope="module")
 def stopped(alone, launch, tmp_path_factory):
-    """The same run, stopped by Ctrl-C"""
+    """The folder of a run of one worker that Ctrl-C has stopped"""
     runs = tmp_path_factory.mktemp("stopped")
     process = launch(runs, *alone)
     wait_for(lambda: list(runs.glob("*/metrics.csv")) and iterations(only_run(runs)), process)
     os.killpg(process.pid, signal.SIGINT)
-    assert end_of(process, seconds=60) == (130, [])
+    assert end_of(process, seconds=5) == (130, [])
+    assert load(only_run(runs))["global_step"] < 4000 - 7
     return only_run(runs)
 
 
 def assert_same_run(one, other):
     assert metrics(one) == metrics(other)
-    one, other = ({name: x for name, x in load(folder).items() if name not in ("script", "args", "metrics_size")}
+    one, other = ({name: x for name, x in load(folder).items() if name in ("agent", "global_step")}
                   for folder in (one, other))
-    assert {"agent", "square_avg", "steps", "workers", "returns", "global_step"} <= one.keys()
+    assert len(one) == 2 and one["global_step"] >= 4000
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_alone_a_worker_repeats_itself_under_the_same_seed(alone, whole, main, tmp_path):
-    assert main(*alone, "--runs-dir", tmp_path)[0] == 0
-    assert_same_run(only_run(tmp_path), whole)
+def test_alone_a_worker_repeats_itself_under_the_same_seed(alone, main, tmp_path):
+    in_a_process = partial(run, ROOT / "a3c.py")  # whose worker inherits no generators, as that of `main` does
+    for name, start_run in {"one": main, "other": in_a_process}.items():
+        code, _, err = start_run(*alone, "--runs-dir", tmp_path / name)
+        assert (code, complaints(err)) == (0, [])
+    assert_same_run(only_run(tmp_path / "one"), only_run(tmp_path / "other"))
 
 
 @PROC
-def test_alone_a_worker_that_was_stopped_goes_on_as_if_it_had_not_been(alone, whole, stopped, main, tmp_path):
-    checkpoint = load(stopped)
-    assert checkpoint["global_step"] < 4000 - 7
-    assert (checkpoint["workers"][0]["memory"] is None) == ("--lstm" not in alone)
-    folder = shutil.copytree(stopped, tmp_path / "moved")
-    code, _, err = main("--resume", folder)
-    assert (code, complaints(err)) == (0, [])
-    assert_same_run(folder, whole)
+def test_alone_a_worker_that_goes_on_from_the_same_checkpoint_repeats_itself(stopped, main, tmp_path):
+    folders = [shutil.copytree(stopped, tmp_path / name) for name in ("one", "other")]
+    for folder in folders:
+        code, _, err = main("--resume", folder)
+        assert (code, complaints(err)) == (0, [])
+    assert_same_run(*folders)
+    before = metrics(stopped)
+    assert metrics(folders[0])[:len(before)] == before
 
 
 # ── Atari ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -880,4 +938,4 @@ def test_a_game_is_learned_from(flags, main, tmp_path):
                         *flags)
     assert (code, complaints(err)) == (0, [])
     checkpoint = load(only_run(tmp_path))
-    assert checkpoint["global_step"] == 200 and checkpoint["square_avg"].count_nonzero() > 1000
+    assert checkpoint["global_step"] == 200 and checkpoint["agent"]["square_avg"].count_nonzero() > 1000

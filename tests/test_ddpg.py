@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import ddpg
 import envs
 import gymnasium as gym
 import numpy as np
@@ -14,15 +15,17 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from torch import nn
 from torch.func import functional_call, jacrev
+from tqdm import tqdm
 
 from ddpg import (
-    Actor, Agent, Args, Replay, action_gradient, as_vector, collect, critic_loss, make_env, ornstein_uhlenbeck,
+    Actor, Agent, Args, Failure, Replay, action_gradient, as_vector, collect, critic_loss, make_env, ornstein_uhlenbeck,
     soft_update, td_target, update,
 )
-from helpers import ROOT, only_run, run
+from helpers import ROOT, only_run, run, run_here
 from oracles import assert_same, flat, gradient
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")  # which refuses to be mixed with the CPU, as a GPU does
+BAR = tqdm(disable=True)
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +54,9 @@ def theta(network):
     return flat(network.parameters()).detach().clone()
 
 
-def vectors_of(agent):
-    networks = agent.actor, agent.critic, agent.target_actor, agent.target_critic
-    return [as_vector(network.parameters()) for network in networks]
+def vectors_of(agent, acting):
+    networks = agent.actor, agent.critic, agent.target_actor, agent.target_critic, acting.actor
+    return [as_vector([*network.parameters()]) for network in networks]
 
 
 def slope_of(f, x, h=1e-5):
@@ -219,7 +222,7 @@ class Witness(envs.Spaces):
 
 
 BOUNDS = {
-    "Wide": Box(np.float32(-2), np.float32(4), (1,)),
+    "Shifted": Box(np.float32(-2), np.float32(4), (1,)),
     "Unlike": Box(np.float32([-1, 0, 10, -7]), np.float32([1, 5, 20, -3])),
     "Double": Box(np.array([-0.1, 1e3]), np.array([0.3, 1e6]), dtype=np.float64),
 }
@@ -232,12 +235,12 @@ for name, bounds in BOUNDS.items():
 @pytest.mark.parametrize("output, share", [(-1, 0), (0, 0.5), (0.5, 0.75), (1, 1)])
 def test_what_the_actor_says_from_minus_one_to_one_arrives_as_from_low_to_high(name, output, share):
     space = BOUNDS[name]
-    agent, actors, replay, noise = new_agent(1, len(space.low)), [Actor(make_env(f"{name}-v0"))], *empty(space)
+    agent, actors, replay, noise = new_agent(1, len(space.low)), [Actor(make_env(f"{name}-v0"), BAR)], *empty(space)
     with torch.no_grad():
         for parameter in agent.actor[-2].parameters():
             parameter.zero_()
         agent.actor[-2].bias += torch.tensor(output).atanh().clamp(-50, 50)
-    collect(agent, actors, replay, noise, Args(learning_starts=0, noise_std=0.0))
+    collect(agent, actors, replay, noise, 0, Args(learning_starts=0, noise_std=0.0))
     arrived = actors[0].env.unwrapped.arrived
     assert arrived.tolist() == pytest.approx((space.low + share * (space.high - space.low)).tolist(), rel=1e-5)
     assert arrived.shape == space.shape
@@ -269,6 +272,39 @@ def test_a_sample_is_of_whole_transitions_in_columns():
     i = obs[:, 0]
     assert torch.equal(obs[:, 1], i + 0.25) and torch.equal(action, i[:, None] + 0.5) and torch.equal(reward, i + 100)
     assert torch.equal(next_obs, torch.stack([i + 200, i + 300], 1)) and torch.equal(terminated, (i % 3 == 0).float())
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 6, 8, 11])
+def test_what_is_saved_comes_back_as_far_as_it_fits_and_is_overwritten_oldest_first(count, capacity):
+    def rows_of(numbers):
+        replay = Replay(len(numbers) or 1, 2, 1, CPU)
+        add(replay, numbers)
+        return replay.rows[:len(numbers)]
+
+    one, other = Replay(4, 2, 1, CPU), Replay(capacity, 2, 1, CPU)
+    add(one, range(1, count + 1))
+    state, numbers = one.state_dict(), [*range(1, count + 1)][-4:]
+    add(one, range(20, 24))
+    assert torch.equal(state["rows"], rows_of(numbers)) and state["rows"].untyped_storage().nbytes() == state["rows"].nbytes
+    other.load_state_dict(state)
+    for more in range(30, 31 + 2 * capacity):
+        kept = sorted(numbers[-capacity:])
+        order = other.rows[:len(other), 0].argsort()
+        assert torch.equal(other.rows[order], rows_of(kept))
+        add(other, [more])
+        numbers.append(more)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", range(6))
+def test_numbers_that_are_not_finite_are_refused(place, number):
+    replay, row = Replay(4, 2, 1, CPU), np.arange(6.0)
+    add(replay, [1])
+    before, row[place] = replay.rows.clone(), number
+    with pytest.raises(Failure, match="aren't finite"):
+        replay.add(row[:2], row[2:3], row[3], row[4:], False)
+    assert len(replay) == 1 and torch.equal(replay.rows, before)
 
 
 def test_every_transition_is_drawn_as_often():
@@ -318,12 +354,12 @@ def stored(replay):
 
 def collected(agent, actors, steps, **settings):
     replay, noise = empty(N=len(actors))
-    episodes = [collect(agent, actors, replay, noise, Args(**settings)) for _ in range(steps)]
+    episodes = [collect(agent, actors, replay, noise, n * len(actors), Args(**settings)) for n in range(steps)]
     return *(x.reshape(steps, len(actors)) for x in stored(replay)), episodes
 
 
 def test_the_first_actions_are_uniform():
-    _, actions, *_ = collected(new_agent(1, 1), [Actor(Endless()) for _ in range(2)], 1000, learning_starts=2000)
+    _, actions, *_ = collected(new_agent(1, 1), [Actor(Endless(), BAR) for _ in range(2)], 1000, learning_starts=2000)
     assert actions.abs().max() <= 1
     assert_uniform(actions, -1, 1)
     assert torch.corrcoef(actions.T)[0, 1].abs() < 4 / 1000**0.5
@@ -332,7 +368,7 @@ def test_the_first_actions_are_uniform():
 
 @pytest.mark.parametrize("learning_starts, random", [(0, 0), (1, 1), (6, 3), (7, 4)])
 def test_learning_starts_counts_the_steps_of_all_actors(learning_starts, random):
-    agent, actors = new_agent(1, 1), [Actor(Endless()) for _ in range(2)]
+    agent, actors = new_agent(1, 1), [Actor(Endless(), BAR) for _ in range(2)]
     obs, actions, *_ = collected(agent, actors, 6, learning_starts=learning_starts, noise_std=0.0)
     same = torch.isclose(actions, agent.actor(obs[..., None])[..., 0])
     assert same.tolist() == [[False] * 2] * random + [[True] * 2] * (6 - random)
@@ -343,10 +379,10 @@ def test_learning_starts_counts_the_steps_of_all_actors(learning_starts, random)
     ({"noise": "ou", "noise_std": 0.05}, 0.85), ({"noise": "ou", "noise_std": 0.7, "ou_theta": 0.5}, 0.5),
 ], ids=["gaussian", "wide_gaussian", "ou", "wide_ou"])
 def test_then_they_are_the_policys_and_noise_of_its_own_for_each_actor(settings, rest):
-    agent, actors, args = new_agent(1, 1), [Actor(Endless()) for _ in range(2)], Args(learning_starts=0, **settings)
+    agent, actors, args = new_agent(1, 1), [Actor(Endless(), BAR) for _ in range(2)], Args(learning_starts=0, **settings)
     (replay, noise), series = empty(N=2), [torch.zeros(2, 1)]
     for _ in range(1000):
-        collect(agent, actors, replay, noise, args)
+        collect(agent, actors, replay, noise, 0, args)
         series.append(noise.clone())
     noise = torch.stack(series)[..., 0].double()
     obs, actions, *_ = stored(replay)
@@ -360,28 +396,29 @@ def test_then_they_are_the_policys_and_noise_of_its_own_for_each_actor(settings,
 
 
 def test_lasting_noise_begins_with_the_first_action_of_the_policy():
-    agent, actors, (replay, noise) = new_agent(1, 1), [Actor(Endless())], empty()
-    for noisy in False, False, True:
-        collect(agent, actors, replay, noise, Args(learning_starts=2, noise="ou"))
+    agent, actors, (replay, noise) = new_agent(1, 1), [Actor(Endless(), BAR)], empty()
+    for step, noisy in enumerate([False, False, True]):
+        collect(agent, actors, replay, noise, step, Args(learning_starts=2, noise="ou"))
         assert noise.any() == noisy
 
 
 def test_an_actors_noise_ends_with_its_episode():
     agent, args = new_agent(1, 1), Args(learning_starts=0, noise="ou", noise_std=0.1)
-    actors = [Actor(envs.Echo(length=2)), Actor(envs.Echo(length=9)), Actor(gym.wrappers.TimeLimit(Endless(), 2))]
+    ending = envs.Echo(length=2), envs.Echo(length=9), gym.wrappers.TimeLimit(Endless(), 2)
+    actors = [Actor(env, BAR) for env in ending]
     replay, noise = empty(N=3)
     noise.fill_(100)
     for _ in range(2):
-        collect(agent, actors, replay, noise, args)
+        collect(agent, actors, replay, noise, 0, args)
     assert noise[:, 0].tolist() == [0, pytest.approx(100 * 0.85**2, abs=1), 0]
     assert (stored(replay)[1] == 1).all()
-    collect(agent, actors, replay, noise, args)
+    collect(agent, actors, replay, noise, 0, args)
     assert 0 < noise[0].abs() < 0.5 and noise[1] > 50 and 0 < noise[2].abs() < 0.5
 
 
 @pytest.mark.parametrize("learning_starts", [0, 10_000])
 def test_the_stored_action_is_the_one_that_was_rewarded(learning_starts):
-    actors = [Actor(make_env("Echo-v0")) for _ in range(3)]
+    actors = [Actor(make_env("Echo-v0"), BAR) for _ in range(3)]
     _, actions, rewards, *_ = collected(
         new_agent(1, 1), actors, 50, learning_starts=learning_starts, noise_std=1.0)
     torch.testing.assert_close(rewards, 3 * actions + 1)
@@ -392,9 +429,9 @@ def test_the_stored_action_is_the_one_that_was_rewarded(learning_starts):
 def transitions():
     """Actor 0's episodes terminate after 3 steps, actor 1's are cut off after 2, actor 2's are both."""
     actors = [
-        Actor(gym.make("Echo-v0", length=3)),
-        Actor(gym.make("Echo-v0", length=None, max_episode_steps=2)),
-        Actor(gym.wrappers.TimeLimit(envs.Echo(length=2), 2)),
+        Actor(gym.make("Echo-v0", length=3), BAR),
+        Actor(gym.make("Echo-v0", length=None, max_episode_steps=2), BAR),
+        Actor(gym.wrappers.TimeLimit(envs.Echo(length=2), 2), BAR),
     ]
     return collected(new_agent(1, 1), actors, 7, learning_starts=0, noise_std=0.0)
 
@@ -418,18 +455,11 @@ def test_collecting_lists_the_episodes_that_ended(transitions):
     assert both[1:] == [(pytest.approx(rewards[4:6, n].sum().item()), 2) for n in (1, 2)]
 
 
-def test_collecting_mixes_no_tensors_of_two_devices():
-    """A meta tensor refuses to be mixed with one of the CPU, as a GPU's does."""
-    asked, meta = [], torch.device("meta")
-
-    def act(obs, noise):
-        asked.append((obs.device, noise.device, obs.shape))
-        return torch.zeros(2, 1)
-
-    actors = [Actor(Endless()) for _ in range(2)]
-    replay, noise = Replay(10, 1, 1, meta), torch.zeros(2, 1, device=meta)
-    collect(SimpleNamespace(act=act), actors, replay, noise, Args(learning_starts=0))
-    assert asked == [(meta, meta, (2, 1))] and len(replay) == 2
+def test_collecting_acts_on_the_cpu_and_stores_on_the_device():
+    actors, replay = [Actor(Endless(), BAR) for _ in range(2)], Replay(10, 1, 1, META)
+    for step in 0, 2:
+        collect(new_agent(1, 1), actors, replay, torch.zeros(2, 1), step, Args(learning_starts=1))
+    assert len(replay) == 4 and replay.rows.device == META
 
 
 # ── Update ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -447,7 +477,7 @@ def replay_of(size=20, S=4, A=2):
 def updated(agent, replay, actor_rate=0.1, critic_rate=0.3, times=1, **settings):
     """A copy after the update by plain gradient descent: agent, losses, the minibatch, its vectors' gradients"""
     agent, args = copy.deepcopy(agent), Args(**dict(gamma=0.7, tau=0.2, batch_size=32) | settings)
-    vectors = vectors_of(agent)
+    vectors = vectors_of(agent, copy.deepcopy(agent))
     optimizers = torch.optim.SGD([vectors[0]], actor_rate), torch.optim.SGD([vectors[1]], critic_rate)
     torch.manual_seed(1)
     minibatch = replay.sample(args.batch_size)
@@ -588,10 +618,34 @@ def test_each_update_has_gradients_of_its_own():
 
 
 def test_an_update_mixes_no_tensors_of_two_devices():
-    """A meta tensor refuses to be mixed with one of the CPU, as a GPU's does."""
-    meta, replay = torch.device("meta"), replay_of()
-    replay.rows = replay.rows.to(meta)
-    assert updated(agent_of().to(meta), replay).losses.device == meta
+    replay = replay_of()
+    replay.rows = replay.rows.to(META)
+    assert updated(agent_of().to(META), replay).losses.device == META
+
+
+def test_the_copy_that_acts_is_the_actor_that_learned_to_the_bit_also_in_a_run_that_goes_on(monkeypatch, tmp_path):
+    def watched_collect(acting, actors, replay, noise, step, args):
+        seen.append((step, len(learned), theta(acting.actor)))
+        assert learning is None or acting.actor is not learning.actor
+        return collect(acting, actors, replay, noise, step, args)
+
+    def watched_update(agent, *others):
+        nonlocal learning
+        learning, losses = agent, update(agent, *others)
+        learned.append(theta(agent.actor))
+        return losses
+
+    seen, learned, learning = [], [], None
+    monkeypatch.setattr(ddpg, "collect", watched_collect)
+    monkeypatch.setattr(ddpg, "update", watched_update)
+    flags = "--env-id", "envs:Echo-v0", "--num-envs", 2, "--learning-starts", 20, "--batch-size", 8, "--runs-dir", tmp_path
+    assert run_here(ddpg, *flags, "--total-timesteps", 40)[0] == 0
+    assert run_here(ddpg, "--resume", only_run(tmp_path), "--total-timesteps", 60)[0] == 0
+    assert len(seen) == 30 and len(learned) == 40
+    for i, (step, updates, mu) in enumerate(seen):
+        assert step == 2 * i and updates == 2 * max(0, i - 10)  # two of each, after the 20th step of both
+        assert torch.equal(mu, learned[updates - 1] if updates else seen[0][2])
+    assert not any(map(torch.equal, learned, learned[1:]))
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])  # episodes that fall, bounds other than ±1
@@ -627,12 +681,12 @@ def test_a_whole_run_is_that_of_stable_baselines3(env_id, tmp_path):
     ends = peer.actor.mu, peer.critic, peer.actor_target.mu, peer.critic_target
     begun = [theta(network) for network in networks]
     for end, start in zip(ends, begun):
-        as_vector(end.parameters()).data.copy_(start)
+        as_vector([*end.parameters()]).data.copy_(start)
     peer.learn(steps)
 
     met, terminated = peer.replay_buffer, peer.replay_buffer.dones * (1 - peer.replay_buffer.timeouts)
     columns = met.observations, met.actions, met.rewards[..., None], met.next_observations, terminated[..., None]
-    assert ours["replay"].numpy() == pytest.approx(np.concatenate(columns, -1)[:steps, 0], abs=1e-4)
+    assert ours["replay"]["rows"].numpy() == pytest.approx(np.concatenate(columns, -1)[:steps, 0], abs=1e-4)
     agent.load_state_dict(ours["agent"])
     for network, end, start in zip(networks, ends, begun):
         assert (theta(network) - theta(end)).norm() < 1e-3 * (theta(end) - start).norm()
@@ -657,10 +711,10 @@ class Peak(Endless):
 def learned(env, updates, **settings):
     """An agent after 1000 random steps and so many updates"""
     agent, (replay, noise), args = new_agent(1, 1), empty(), Args(batch_size=128, tau=0.2, **settings)
-    actors = [Actor(env)]
-    for _ in range(1000):
-        collect(agent, actors, replay, noise, args)
-    vectors = vectors_of(agent)
+    actors = [Actor(env, BAR)]
+    for step in range(1000):
+        collect(agent, actors, replay, noise, step, args)
+    vectors = vectors_of(agent, copy.deepcopy(agent))
     optimizers = torch.optim.Adam([vectors[0]], 1e-4), torch.optim.Adam([vectors[1]], 3e-3)
     for _ in range(updates):
         update(agent, vectors, *optimizers, replay, args)
@@ -683,4 +737,4 @@ def test_the_actor_finds_the_best_action_of_a_critic_that_saw_random_ones():
 def test_nan_from_the_environment_is_not_saved_even_before_anything_is_learned_from_it(tmp_path):
     flags = "--env-id", "envs:NanReward-v0", "--total-timesteps", 3, "--runs-dir", tmp_path
     code, _, err = run(ROOT / "ddpg.py", *flags)
-    assert code == 2 and "NaN" in err and not list(tmp_path.glob("*/checkpoint.pt"))
+    assert code == 2 and "aren't finite" in err and not list(tmp_path.glob("*/checkpoint.pt"))
