@@ -179,6 +179,7 @@ class RunningNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -189,12 +190,13 @@ class RunningNorm(nn.Module):
         var, delta = (x - mean).square().mean(0), mean - self.mean
         self.mean += weight * delta
         self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
+        self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # what has hardly moved is near 0 / 0
+        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y * (self.var + 1e-8).sqrt() + self.mean
+        return y * self.std + self.mean
 
 
 class Agent(nn.Module):
