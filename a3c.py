@@ -84,6 +84,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import tyro
+from gymnasium.error import Error as Failure  # what the user can mend, told in one line: Gymnasium's errors, and ours
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -126,10 +127,6 @@ class Args:
 
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-class Failure(Exception):
-    """Something that the user can mend; shown as one line."""
-
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The environment, if the algorithm can serve it, rendering to pictures if asked."""
@@ -676,7 +673,7 @@ def main() -> None:
             evaluate(agent, env, args.eval_episodes)
         env.close()
         sys.exit(train(args, agent, folder, checkpoint) if training else 0)  # each actor-learner makes its own
-    except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
+    except (Failure, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise

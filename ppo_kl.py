@@ -58,6 +58,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.error import Error as Failure  # what the user can mend, told in one line: Gymnasium's errors, and ours
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -102,10 +103,6 @@ class Args:
 
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-class Failure(Exception):
-    """Something that the user can mend; shown as one line."""
-
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The environment, if the algorithm can serve it, rendering to pictures if asked."""
@@ -559,7 +556,7 @@ def main() -> None:
         for env in envs:
             env.close()
         sys.exit(code)
-    except (Failure, gym.error.Error, ModuleNotFoundError, OSError) as error:
+    except (Failure, ModuleNotFoundError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
             raise
