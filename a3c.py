@@ -592,7 +592,7 @@ def train(args: Args, agent: Agent, folder: Path, checkpoint: dict) -> int:
                         message = pipe.recv()
                     except (EOFError, OSError):  # closed as the process ended
                         n, process = workers.pop(pipe)
-                        process.join()
+                        process.join(1)
                         early = process.exitcode or shared.T.value < args.total_timesteps
                         message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
                     if isinstance(message, str):
