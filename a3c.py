@@ -154,6 +154,12 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return env
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
+        super().stop_recording()
+
+
 class Atari(gym.Env):
     """[DETAIL] An Atari game as the paper sees it: the last 4 frames in 84×84 grey points, an action for every 4.
 
@@ -452,12 +458,6 @@ METRICS = (
 )
 LOG_STEPS = 1000  # of an actor-learner, over which the losses of a row are averaged
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
-
-
-class Recorder(gym.wrappers.RecordVideo):
-    def stop_recording(self) -> None:
-        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
-        super().stop_recording()
 
 
 class Run:

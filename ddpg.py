@@ -140,6 +140,12 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
+        super().stop_recording()
+
+
 class Actor:
     """One of the N actors: an environment and its running episode."""
 
@@ -342,12 +348,6 @@ METRICS = (
 )
 LOG_STEPS = 1000  # over which the losses of a row are averaged
 CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the replay buffer takes a while to write
-
-
-class Recorder(gym.wrappers.RecordVideo):
-    def stop_recording(self) -> None:
-        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
-        super().stop_recording()
 
 
 class Run:

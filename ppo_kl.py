@@ -130,6 +130,12 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return env
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
+        super().stop_recording()
+
+
 class Actor:
     """One of the N actors: an environment and its running episode."""
 
@@ -383,12 +389,6 @@ METRICS = (
     "losses/value_loss", "losses/entropy", "losses/kl", "losses/beta", "losses/explained_variance",
 )
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
-
-
-class Recorder(gym.wrappers.RecordVideo):
-    def stop_recording(self) -> None:
-        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
-        super().stop_recording()
 
 
 class Run:

@@ -134,6 +134,12 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return env
 
 
+class Recorder(gym.wrappers.RecordVideo):
+    def stop_recording(self) -> None:
+        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
+        super().stop_recording()
+
+
 class Actor:
     """One of the N actors: an environment and its running episode."""
 
@@ -353,12 +359,6 @@ METRICS = (
     "losses/entropy", "losses/explained_variance",
 )
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
-
-
-class Recorder(gym.wrappers.RecordVideo):
-    def stop_recording(self) -> None:
-        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
-        super().stop_recording()
 
 
 class Run:
