@@ -176,16 +176,10 @@ def mlp(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs)]
 
 
-class Critic(nn.Module):
-    """Q(s,a), in the rewards' unit."""
-
-    def __init__(self, S: int, A: int):
-        super().__init__()
-        self.layers = nn.Sequential(*mlp(S + A, 1))
-
+class Critic(nn.Sequential):
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """(B,S), (B,A) → (B,)"""
-        return self.layers(torch.cat([obs, action], -1)).squeeze(-1)
+        """(B,S), (B,A) → Q(s,a) (B,), in the rewards' unit"""
+        return super().forward(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -195,7 +189,7 @@ class Agent(nn.Module):
         super().__init__()
         S, A = observation_space.shape[0], action_space.shape[0]
         # [DDPG-1] initialise critic Q(s,a|θ^Q) and actor μ(s|θ^μ); tanh keeps μ within the actions' bounds
-        self.actor, self.critic = nn.Sequential(*mlp(S, A), nn.Tanh()), Critic(S, A)
+        self.actor, self.critic = nn.Sequential(*mlp(S, A), nn.Tanh()), Critic(*mlp(S + A, 1))
         # [DDPG-2] initialise targets θ^Q' ← θ^Q, θ^μ' ← θ^μ
         self.target_actor, self.target_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
 

@@ -42,8 +42,8 @@ def agent_of(S=4, A=2):
     agent = new_agent(S, A)
     for actor in "actor", "target_actor":
         setattr(agent, actor, nn.Sequential(nn.Linear(S, 5), nn.Tanh(), nn.Linear(5, A), nn.Tanh()))
-    for critic in agent.critic, agent.target_critic:
-        critic.layers = nn.Sequential(nn.Linear(S + A, 5), nn.Tanh(), nn.Linear(5, 1))
+    for critic in "critic", "target_critic":
+        setattr(agent, critic, ddpg.Critic(nn.Linear(S + A, 5), nn.Tanh(), nn.Linear(5, 1)))
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -494,7 +494,7 @@ def by_hand(agent, minibatch, gamma):
     for _, _, reward, next_obs, terminated in zip(*minibatch):
         y = reward.item()
         if not terminated:
-            future = agent.target_critic.layers(torch.cat([next_obs, agent.target_actor(next_obs)]))
+            future = nn.Sequential.forward(agent.target_critic, torch.cat([next_obs, agent.target_actor(next_obs)]))
             y += gamma * future.item()
         targets.append(y)
     return torch.tensor(targets).to(next_obs)
@@ -505,7 +505,7 @@ def test_the_losses_are_those_of_the_networks_before_the_update(gamma):
     agent, replay = agent_of(), replay_of()
     new = updated(agent, replay, gamma=gamma)
     obs, action, *_, terminated = new.minibatch
-    value = torch.tensor([agent.critic.layers(torch.cat(row)).item() for row in zip(obs, action)]).double()
+    value = torch.tensor([nn.Sequential.forward(agent.critic, torch.cat(row)).item() for row in zip(obs, action)]).double()
     errors = by_hand(agent, new.minibatch, gamma) - value
     assert 0 < terminated.sum() < len(terminated) and obs.shape == (32, 4)
     assert new.losses[1].item() == pytest.approx((errors**2).mean().item(), rel=1e-6)
