@@ -44,6 +44,15 @@ def results(folder: Path) -> dict[str, tuple[dict, str]]:
     return found
 
 
+def assert_same(found: dict, expected: dict) -> None:
+    """A run that wasn't resumed gives the same; one that was, which is timing's choice, goes on to the same step."""
+    assert found.keys() == expected.keys()
+    for cell, (about, rows) in found.items():
+        steps = [int(row.split(",")[0]) for row in rows.splitlines()[1:]]
+        assert about["steps"] == expected[cell][0]["steps"] and len(steps) > 10 and steps == sorted(steps)
+        assert about["resumed"] or (about, rows) == expected[cell]
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """The results of a grid that ran undisturbed on this machine."""
@@ -55,7 +64,7 @@ def expected(tmp_path_factory):
 def test_every_cell_has_a_result_and_one_that_failed_a_log(expected):
     assert results(expected).keys() == set(CELLS)
     for about, rows in results(expected).values():
-        assert about["steps"] >= 2048 and "evaluated" in about and len(rows.splitlines()) > 10
+        assert about["steps"] >= 2048 and not about["resumed"] and "evaluated" in about and len(rows.splitlines()) > 10
         assert 0 < about["medians"]["losses/entropy"] < math.log(2)
     assert "--gamma can't be -2" in (expected / "work/wrong/CartPole-v1/1/log").read_text()
     assert "wrong CartPole-v1 1 failed" in (expected / "log").read_text()
@@ -85,14 +94,14 @@ def wait_for_training(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["with_what_it_trains", "alone"])
-def test_a_grid_that_is_stopped_goes_on_to_the_same_results(kill, expected, tmp_path):
+def test_a_grid_that_is_stopped_goes_on_to_its_end(kill, expected, tmp_path):
     stopped = start(tmp_path)
     wait_for_training(tmp_path)
     kill(stopped.pid, signal.SIGKILL)
     stopped.wait()
     assert results(tmp_path).keys() < set(CELLS)
     assert start(tmp_path).wait(300) == 0
-    assert results(tmp_path) == results(expected)
+    assert_same(results(tmp_path), results(expected))
     if kill is os.kill:  # what was left training was waited for, not begun a second time beside it
         assert all(len(list((tmp_path / "work" / cell).glob("*/metrics.csv"))) == 1 for cell in CELLS)
 
@@ -105,7 +114,7 @@ def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expecte
     assert "ray::run" in Path(f"/proc/{worker}/cmdline").read_text()
     os.kill(worker, signal.SIGKILL)
     assert grid.wait(300) == 0, (tmp_path / "log").read_text()
-    assert results(tmp_path) == results(expected)
+    assert_same(results(tmp_path), results(expected))
     assert "--gamma can't be -2" in (tmp_path / "work/wrong/CartPole-v1/1/log").read_text()
 
 

@@ -9,7 +9,8 @@ episode in training, under one line of comment with the command, commit and vers
 episodes of the trained agent without exploration (`--evaluate`), and the median of each loss. What a cell was doing
 when it was stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
 its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
-then and its last checkpoint.
+then and its last checkpoint. A run that was stopped and resumed has begun new episodes there, so its numbers are not
+those that its command alone gives: its result says "resumed".
 
 On a Ray cluster, --work is a folder of each machine, or better one that all of them share: a cell whose machine is lost
 is begun anew where another finds nothing of it, and gone on with otherwise. Only this process writes results.
@@ -110,7 +111,8 @@ def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[s
     lines = subprocess.run(evaluate, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
     evaluated = [float(line.split()[3].strip(",")) for line in lines.splitlines() if line.startswith("episode")]
     speeds = [int(row["charts/SPS"]) for row in rows if row["charts/SPS"]]
-    last = {"steps": int(rows[-1]["global_step"]), "steps_per_second": speeds[-1],
+    resumed = json.loads((trained / "config.json").read_text())["args"]["resume"] is not None
+    last = {"resumed": resumed, "steps": int(rows[-1]["global_step"]), "steps_per_second": speeds[-1],
             "evaluated": round(sum(evaluated) / len(evaluated), 1), "medians": medians(rows)}
     episodes = [
         f"{row['global_step']},{float(row['charts/episodic_return']):.6g},{row['charts/episodic_length']}"
