@@ -60,8 +60,6 @@ from gymnasium.error import Error as Failure  # what the user can mend, told in 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SCRIPT = "ppo_clip"
-
 
 # ── Arguments ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,16 +98,18 @@ class Args:
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The environment, if the algorithm can serve it, rendering to pictures if asked."""
+def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
+    """The environment, if the algorithm can serve it; with a folder for videos, recording episodes 0, 1, 8, 27, …"""
     if env_id.startswith("ALE/"):
         raise Failure(f"{env_id} observes pictures: a3c.py learns from them, this script from vectors")
-    if render and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
+    if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-    if render and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
+    if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -124,12 +124,6 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         middle, half = high / 2 + low / 2, high / 2 - low / 2
         env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
-
-
-class Recorder(gym.wrappers.RecordVideo):
-    def stop_recording(self) -> None:
-        print(f"\nvideo: {self.video_folder}/{self._video_name}.mp4", flush=True)
-        super().stop_recording()
 
 
 class Actor:
@@ -356,6 +350,7 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
 
 # ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
 
+SCRIPT = "ppo_clip"
 METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
@@ -427,8 +422,6 @@ class Run:
 
     def finish(self, step: int) -> int:
         self.save(step)
-        if self.args.track:
-            self.wandb.finish()
         end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
         print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
         print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
@@ -481,16 +474,9 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
     print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {episodes} episodes")
 
 
-def settings() -> tuple[Args, Path, dict]:
-    """The command line, over the settings of the checkpoint that it names; the run's folder; the checkpoint, or {}"""
-    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
-    paths = [path for path in (args.resume, args.evaluate) if path is not None]
-    if len(paths) > 1:
-        raise Failure("--resume and --evaluate: choose one")
-    if not paths:
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
-        return args, Path(args.runs_dir, name.replace("/", "-").replace(":", "-")), {}
-    file = Path(paths[0], "checkpoint.pt") if Path(paths[0]).is_dir() else Path(paths[0])
+def load(path: str) -> tuple[Args, Path, dict]:
+    """A run's folder or checkpoint → its settings, if not given again; its folder; the checkpoint"""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -507,20 +493,24 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
-        args, folder, checkpoint = settings()
-        training, step = args.evaluate is None, checkpoint.get("global_step", 0)
+        args, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), {}
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
+        folder, training = Path(args.runs_dir, name.replace("/", "-").replace(":", "-")), args.evaluate is None
+        if None not in (args.resume, args.evaluate):
+            raise Failure("--resume and --evaluate: choose one")
+        if (path := args.resume if training else args.evaluate) is not None:
+            args, folder, checkpoint = load(path)
+        step = checkpoint.get("global_step", 0)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
-        envs = [make_env(args.env_id, args.capture_video and n == 0) for n in range(args.num_envs if training else 1)]
+        videos = folder / "videos" / (f"step-{step}" if training else "evaluation") if args.capture_video else None
+        envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
             except RuntimeError:
                 raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
-        if args.capture_video:
-            name = f"step-{step}" if training else "evaluation"
-            envs[0] = Recorder(envs[0], str(folder / "videos"), name_prefix=name)
         code = train(args, envs, agent, folder, checkpoint) if training else evaluate(agent, *envs, args.eval_episodes)
         for env in envs:
             env.close()

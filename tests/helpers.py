@@ -177,8 +177,8 @@ def run_here(module: ModuleType, *flags: str | Path) -> tuple[int, str, str]:
 
 
 def complaints(err: str) -> list[str]:
-    """The lines of stderr without the progress bar."""
-    lines = re.split(r"[\r\n]+", re.sub(r" *\d+(%\||/| steps \[)[^]\r\n]*]", "", err))
+    """The lines of stderr without the progress bars, a video's among them."""
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[A|(frame_index:)? *\d+(%\||/| steps \[)[^]\r\n]*]", "", err))
     return [line for line in lines if line.strip()]
 
 

@@ -811,7 +811,7 @@ def test_a_worker_ends_without_a_word_where_its_run_is_no_more_and_only_there(
     monkeypatch.setattr(a3c.mp, "parent_process", lambda: SimpleNamespace(is_alive=lambda: alive))
     shared = trial(make_env("envs:Counter-v0")).shared
     with pytest.raises(error) if alive else contextlib.nullcontext():
-        a3c.work(0, Args("envs:Counter-v0", num_workers=1), shared, SimpleNamespace(send=send), 1, tmp_path)
+        a3c.work(0, Args("envs:Counter-v0", num_workers=1), shared, SimpleNamespace(send=send), 1, None)
     assert shared.T.value == 5 and capfd.readouterr() == ("", "")
 
 
@@ -825,7 +825,7 @@ def test_what_an_environment_raises_in_a_worker_is_shown_as_a_traceback_and_ends
 
 def test_what_the_user_can_mend_is_sent_in_a_line(trial, handlers, tmp_path):
     sent, shared = [], trial(make_env("envs:NanReward-v0")).shared
-    a3c.work(0, Args("envs:NanReward-v0", num_workers=1), shared, SimpleNamespace(send=sent.append), 1, tmp_path)
+    a3c.work(0, Args("envs:NanReward-v0", num_workers=1), shared, SimpleNamespace(send=sent.append), 1, None)
     assert sent == ["step 5 has a gradient that isn't finite: lower learning rates, or mend the environment"]
 
 

@@ -123,7 +123,7 @@ def test_a_copy_alone_in_an_empty_folder_runs(script, tmp_path):
 def test_captured_video_plays_and_needs_no_screen(script, tmp_path):
     env_id = script.environments[-2]
     folder = train(script, tmp_path, "--env-id", env_id, "--capture-video", "--total-timesteps", script.batch)
-    (path,) = folder.glob("videos/*episode-0.mp4")
+    (path,) = folder.glob("videos/step-0/*episode-0.mp4")
     with imageio.get_reader(path) as video:
         first, *_, last = video
     assert first.ndim == 3 and min(first.shape) > 2 and first.std() > 1  # a picture, not one colour
@@ -132,9 +132,9 @@ def test_captured_video_plays_and_needs_no_screen(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*out of date")
 @pytest.mark.parametrize("env_id, camera", [("Hopper-v4", 0), ("Hopper-v5", 0), ("InvertedPendulum-v4", -1)])
-def test_the_camera_follows_a_body_that_the_model_has_a_camera_for(script, module, env_id, camera):
+def test_the_camera_follows_a_body_that_the_model_has_a_camera_for(script, module, env_id, camera, tmp_path):
     skip_unless_suited(script, "Hopper-v4")
-    assert module.make_env(env_id, render=True).unwrapped.mujoco_renderer.camera_id == camera
+    assert module.make_env(env_id, tmp_path / "videos").unwrapped.mujoco_renderer.camera_id == camera
 
 
 def tracked(run_folder, kind):
