@@ -51,10 +51,11 @@ Symbols     variable            shape     meaning, with k = t − t_start steps 
     T_max   total_timesteps
 
 Departures from the slides
+    A3C-12    A segment ends, too, where a time limit cuts the episode; its s_t isn't terminal, so A3C-13 bootstraps.
     A3C-14    The segment's sums run backwards only for R; the gradients of all i come from one back-propagation.
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
     A3C-20    stops at T ≥ T_max, each actor-learner as its segment ends.
-    θ, θ_v    have the layers before the last in common, as the paper's have.
+    θ, θ_v    have the layers before the last in common, as the paper's have for Atari, not for continuous actions.
     t_max     is 20 here with a step size of 1e-3; the paper's 5 and 7e-4 suit its 16 actor-learners on Atari.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
@@ -105,7 +106,7 @@ class Args:
     rms_eps: float = 0.1  # added to that mean square
     gamma: float = 0.99  # γ: discount per step
     ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari's it is 0.01
-    max_grad_norm: float = 40.0  # length that a gradient is shortened to; inf: never
+    max_grad_norm: float = 40.0  # a longer gradient is shortened to this length; inf: never
     patience: float = 60.0  # seconds without a step, from its start on, after which an actor-learner counts as hung
     cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; these are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
@@ -216,7 +217,7 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class RunningNorm(nn.Module):
-    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: a network learns best from
     numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
@@ -276,7 +277,7 @@ class Agent(nn.Module):
         return self.lstm(features, memory) if self.lstm else (features, None)
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
+        """[DETAIL] (…,A): what makes actions random: σ·N(0,1), or Gumbel's, as argmax(f + Gumbel) ~ softmax(f)"""
         shape = (*shape, self.actor.out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
@@ -336,9 +337,8 @@ def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
 
 
 def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:
-    """[A3C-ADV] A_i = R_i − V(s_i): R_i, a sample of Q^π(s_i,a_i), for Q in [A2C-ADV];   returns, value (k,) → (k,)
-
-    No gradient passes: an advantage weighs the policy's gradient, and V learns by a loss of its own."""
+    """A_i = R_i − V(s_i), without a gradient: V learns by a loss of its own;   returns, value (k,) → (k,)"""
+    # [A2C-ADV] with R_i, a sample of Q^π(s_i,a_i), for Q. [A3C-ADV] R_i is Σ γ^i r_{t+i} + γ^k V(s_{t+k}).
     return returns - value.detach()
 
 
@@ -431,6 +431,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         if not norm.isfinite():
             raise Failure(f"step {T} has a gradient that isn't finite: lower learning rates, or mend the environment")
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
+        # [DETAIL] Ever smaller steps, as in the paper: the last policies are then good ones, not only good on average.
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
         square_avg = shared.agent.square_avg
         rmsprop_(shared.theta, square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
@@ -444,7 +445,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
             return
 
 
-# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+# ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
 
 SCRIPT = "a3c"
 METRICS = (

@@ -48,6 +48,7 @@ Symbols     variable            shape     meaning
     γ, τ                                  settings: see Args
 
 Departures from the slides
+    DPG-THM   The states are the replay buffer's, which older policies visited with noise, not those of ρ^μ.
     DDPG-1    the networks have no batch normalisation, which the paper's have.
     DDPG-6    noise is Gaussian by default, as later work found the paper's Ornstein-Uhlenbeck process no better.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
@@ -90,7 +91,7 @@ class Args:
     num_envs: int = 1  # actors, each with an environment of its own; as many gradients follow a step of all
     buffer_size: int = 1_000_000  # transitions that R keeps: Hopper-v4's million take 108 MB, and as much on the disk
     batch_size: int = 64  # N: transitions per gradient
-    learning_starts: int = 10_000  # steps of random actions before the first gradient
+    learning_starts: int = 10_000  # steps of random actions; after the next step the gradients begin
     actor_lr: float = 1e-3  # Adam's step size for μ
     critic_lr: float = 1e-3  # Adam's step size for Q
     tau: float = 0.005  # τ: share of the way that the targets go to the networks at each step
@@ -239,10 +240,11 @@ def ornstein_uhlenbeck(noise: Tensor, normal: Tensor, theta: float, sigma: float
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Replay:
-    """[DDPG-3] replay buffer R: the latest transitions, a row of numbers each, oldest overwritten first."""
+    """R: the latest transitions, a row of numbers each, oldest overwritten first."""
 
     def __init__(self, capacity: int, S: int, A: int, device: torch.device):
         self.widths = S, A, 1, S, 1  # s, a, r, s', terminated
+        # [DDPG-3] initialise replay buffer R
         self.rows, self.added = torch.zeros(capacity, sum(self.widths), device=device), 0
 
     def __len__(self) -> int:
@@ -275,7 +277,7 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
     episodes = []
     # [DDPG-4] for each episode: receive initial state s_1: an actor resets as its episode ends
     obs = np.array([actor.obs for actor in actors], np.float32)
-    # [DDPG-5] for t = 1 to T do
+    # [DDPG-5] for t = 1 to T do: train's loop, a step of all actors at a time
     if step < args.learning_starts:
         # [DETAIL] At first actions are uniform: a policy that knows nothing would fill R with one kind of failure.
         actions = torch.rand(noise.shape) * 2 - 1
@@ -292,7 +294,7 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         if terminated or truncated:
             episodes.append((actor.episodic_return, actor.length))
             actor.reset()
-            noise[n] = 0
+            noise[n] = 0  # [DETAIL] an episode's noise has nothing to do with the one's before
     return episodes
 
 
@@ -324,11 +326,11 @@ def update(agent: Agent, vectors: tuple[nn.Parameter, ...], actor_optimizer: tor
         target_q.copy_(soft_update(target_q, theta_q, args.tau))
         target_mu.copy_(soft_update(target_mu, theta_mu, args.tau))
         acting_mu.copy_(theta_mu)
-    # [DDPG-14] end for
+    # [DDPG-14] end for: train goes on with the next step
     return torch.stack([-best_value.mean(), loss, value.mean()]).detach()
 
 
-# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+# ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
 
 SCRIPT = "ddpg"
 METRICS = (

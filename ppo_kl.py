@@ -32,8 +32,9 @@ Symbols     variable            shape     meaning
     N, T, K, γ, λ, d_targ                 settings: see Args
 
 Departures from the slides
-    PPO-ADV   is the λ = 1 case of the λ-weighted sum here (GAE, arXiv:1506.02438); λ < 1 trades variance for bias.
-              The deck prints γ^{T−t+1} r_{T−1}, as the paper does; the sum needs γ^{T−1−t}.
+    PPO-ADV   is the λ = 1 case of the λ-weighted sum here (GAE, arXiv:1506.02438); a smaller λ has less variance and
+              more bias. The deck prints γ^{T−t+1} r_{T−1}, as the paper does; the sum needs γ^{T−1−t}.
+    PPO-3     The deck says "mini-batch" and "update θ"; the K epochs are the paper's algorithm 1.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -82,7 +83,7 @@ class Args:
     adapt_beta: bool = True  # halve or double β to keep the KL near d_targ
     d_targ: float = 0.01  # KL per iteration, in nats, that β is adapted to
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
-    max_grad_norm: float = 0.5  # length that a gradient is shortened to; inf: never
+    max_grad_norm: float = 0.5  # a longer gradient is shortened to this length; inf: never
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -165,7 +166,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningNorm(nn.Module):
-    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: a network learns best from
     numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
@@ -203,11 +204,12 @@ class Agent(nn.Module):
         self.register_buffer("beta", torch.tensor(1.0))  # saved with the networks: a resumed run goes on with it
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] σ, the same in every state, begins at 0.6: at 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
+        # 0.6: with 1 a third of the actions would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
+        """[DETAIL] (…,A): what makes actions random: σ·N(0,1), or Gumbel's, as argmax(f + Gumbel) ~ softmax(f)"""
         shape = (*shape, self.actor[-1].out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
@@ -279,14 +281,14 @@ def adapted_beta(beta: Tensor, kl: Tensor, d_targ: float) -> Tensor:
 
 def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
         gamma: float, lmbda: float) -> Tensor:
-    """[PPO-ADV] Â_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V(s_{t+1}) − V(s_t) (paper, eq. 11), for λ = 1 the slide's sum.
+    """Â_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V(s_{t+1}) − V(s_t) (paper, eq. 11), for λ = 1 the slide's sum.
 
     All (T,N) → (T,N), in the rewards' unit. A terminal s_{t+1} is worth 0; a truncated one keeps its value."""
     td_delta = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lmbda * ~(terminated | truncated)  # what comes after an episode's end belongs to another episode
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        advantages[t] = advantage = td_delta[t] + carry[t] * advantage
+        advantages[t] = advantage = td_delta[t] + carry[t] * advantage  # [PPO-ADV]
     return advantages
 
 
@@ -298,11 +300,12 @@ Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncat
 
 @torch.no_grad()
 def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
-    """[PPO-1] N actors collect T steps each with π_θold."""
+    """T steps of each of the N actors."""
     N, S = len(actors), len(old.obs_norm.mean)
     obs, next_obs = np.zeros((2, T, N, S), np.float32)
     rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
     noise, actions, episodes = old.noise(T, N), [], []
+    # [PPO-1] in each iteration, N actors in parallel collect T steps each with π_θold
     for t in range(T):
         obs[t] = [actor.obs for actor in actors]
         actions.append(old.act(torch.from_numpy(obs[t]), noise[t]))
@@ -348,7 +351,8 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
             kl = kl_divergence(mb_old, old_log_std, output, agent.log_std)
             policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()
             value_loss = 0.5 * (agent.critic(mb_x).squeeze(-1) - target).square().mean()
-            loss = policy_loss + 0.5 * value_loss  # [DETAIL] one step for both networks (paper, eq. 9)
+            # [DETAIL] One step for both networks, and a bonus for entropy (paper, eq. 9).
+            loss = policy_loss + 0.5 * value_loss
             if args.ent_coef:
                 loss = loss - args.ent_coef * entropy(output, agent.log_std)
             theta.grad.zero_()
@@ -376,7 +380,7 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
     return {name: value.item() for name, value in metrics.items()}
 
 
-# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+# ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
 
 SCRIPT = "ppo_kl"
 METRICS = (
@@ -476,7 +480,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     with run.bar, contextlib.suppress(KeyboardInterrupt):
         actors = [Actor(env, run.bar) for env in envs]
         while step < end and not run.signal:
-            # [DETAIL] Ever smaller steps: the last policies are then good ones, not merely good on average.
+            # [DETAIL] Ever smaller steps: the last policies are then good ones, not only good on average.
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
             run.collecting = True

@@ -169,7 +169,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningNorm(nn.Module):
-    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: a network learns best from
     numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
@@ -207,11 +207,12 @@ class Agent(nn.Module):
         # [RF-1] initialise θ arbitrarily
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] σ, the same in every state, begins at 0.6: at 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
+        # 0.6: with 1 a third of the actions would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
+        """[DETAIL] (…,A): what makes actions random: σ·N(0,1), or Gumbel's, as argmax(f + Gumbel) ~ softmax(f)"""
         shape = (*shape, self.actor[-1].out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
@@ -283,9 +284,11 @@ Episode = namedtuple("Episode", "obs actions rewards end episodic_return")
 
 @torch.no_grad()
 def collect(acting: Agent, actors: list[Actor], limit: int) -> tuple[list[Episode], int]:
-    """[RF-2] for each episode ~ πθ: N at a time, one from each actor. The end of the run, after `limit` steps, leaves
-    some unfinished. Returns those that ended, and the number of all steps."""
+    """An episode of each actor. The end of the run, after `limit` steps, leaves some unfinished.
+
+    Returns those that ended, and the number of all steps."""
     taken, running, episodes, steps = [[] for _ in actors], list(range(len(actors))), [], 0
+    # [RF-2] for each episode {s_1, a_1, r(s_1,a_1), …} ~ πθ do: N of them at a time
     while running and steps < limit:
         now = running[: limit - steps]
         obs = np.array([actors[n].obs for n in now])
@@ -333,6 +336,7 @@ def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, 
     if args.baseline:
         agent.value_norm.update(returns[:, None])
         targets, losses = agent.value_norm(returns), []
+        # [DETAIL] V is fitted by many small steps: one could not follow the policy.
         for _ in range(args.value_epochs):
             for mb in torch.randperm(len(x)).split(64):
                 value_loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - targets[mb]).square().mean()
@@ -346,7 +350,7 @@ def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, 
     return {name: value.item() for name, value in metrics.items()}
 
 
-# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+# ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
 
 SCRIPT = "reinforce"
 METRICS = (

@@ -9,12 +9,21 @@
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 20 seconds: return about 500
 
-Slides 信任区域策略优化 TRPO: "忽略状态分布的差异", "约束策略的变化" (Schulman et al. 2015, arXiv:1502.05477)
+Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略改进的单调性保证" (Schulman et al. 2015, arXiv:1502.05477)
 
+    J-1         J(θ) = E_{τ~pθ(τ)}[ Σ_t γ^t r(s_t,a_t) ]
+    J-2         J(θ) = E_{s0}[ V^πθ(s_0) ]
+                How much better is θ'? The advantages of θ tell, at the states that θ' would visit:
+    J-DIFF      J(θ') − J(θ) = E_{τ~pθ'(τ)}[ Σ_t γ^t A^πθ(s_t,a_t) ]
+    J-IS        J(θ') − J(θ) = Σ_t E_{s_t~pθ'}[ E_{a_t~πθ}[ (πθ'(a_t|s_t)/πθ(a_t|s_t)) γ^t A^πθ(s_t,a_t) ] ]
+                If πθ' differs from πθ with a probability below ε in each state, both visit nearly the same states:
+    J-DIST      pθ'(s_t) = (1−ε)^t pθ(s_t) + (1−(1−ε)^t) p_mistake(s_t), so |pθ'(s_t) − pθ(s_t)| ≤ 2(1−(1−ε)^t) ≤ 2εt
     J-SURR      J(θ') − J(θ) ≈ Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'(a_t|s_t)/πθ(a_t|s_t)) γ^t A^πθ(s_t,a_t) ] ]
     TRPO-OBJ    θ' ← argmax_θ' Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]
     TRPO-KL     such that E_{s_t~pθ}[ D_KL(πθ'(a_t|s_t) ‖ πθ(a_t|s_t)) ] ≤ ε
-                solved under the constraint (--solver cg)
+    TRPO-MONO   J(θ') ≥ L_θ(θ') − C · D_KL^max(θ,θ'),  C = 4εγ/(1−γ)²,  ε = max_{s,a} |A_π(s,a)|,
+                L_θ(θ') = J(θ) + Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]: a small KL never does much harm
+                Solved under the constraint (--solver cg; without TRPO-CG-4 it is the natural policy gradient)
     TRPO-CG-1     g = ∇ of the surrogate at θ
     TRPO-CG-2     x ≈ H⁻¹ g by conjugate gradient, H = ∇² of the KL at θ (Fisher), only by products H v
     TRPO-CG-3     β = sqrt( 2ε / xᵀ H x )
@@ -40,6 +49,8 @@ Symbols     variable            shape     meaning
 Departures from the slides
     J-SURR      leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
+    TRPO-CG     The deck only names Taylor expansion, conjugate gradient and the book 动手学强化学习, 11.3. These five lines
+                are the book's and the paper's.
     TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
     [DETAIL]    marks whatever else the slides don't have, each with its reason.
@@ -88,6 +99,7 @@ class Args:
     cg_damping: float = 0.1  # multiple of the identity added to H
     backtrack_coef: float = 0.8  # α: what the line search shortens the step by
     backtrack_iters: int = 10  # steps that the line search tries
+    line_search: bool = True  # off: takes β x as it is, which is the natural policy gradient
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
     value_lr: float = 1e-3  # Adam's step size for the value function
@@ -177,7 +189,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningNorm(nn.Module):
-    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: tanh and Adam work best on
+    """[DETAIL] Subtracts the mean and divides by the standard deviation of all data so far: a network learns best from
     numbers around ±1. The statistics are buffers, so they are saved with the networks."""
 
     def __init__(self, *shape: int):
@@ -215,11 +227,12 @@ class Agent(nn.Module):
         self.register_buffer("dual", torch.tensor(1.0))  # λ; a buffer, so that a resumed run goes on with it
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] σ, the same in every state, begins at 0.6: at 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
+        # 0.6: with 1 a third of the actions would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
-        """(…,A): what makes actions random. Gaussian: σ·N(0,1). Softmax: Gumbel, as argmax(f + Gumbel) ~ softmax(f)."""
+        """[DETAIL] (…,A): what makes actions random: σ·N(0,1), or Gumbel's, as argmax(f + Gumbel) ~ softmax(f)"""
         shape = (*shape, self.actor[-1].out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
@@ -326,7 +339,7 @@ Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncat
 
 @torch.no_grad()
 def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
-    """N actors collect T steps each with πθ: s_t ~ pθ, a_t ~ πθ."""
+    """T steps of each of the N actors: s_t ~ pθ, a_t ~ πθ."""
     N, S = len(actors), len(old.obs_norm.mean)
     obs, next_obs = np.zeros((2, T, N, S), np.float32)
     rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
@@ -346,7 +359,7 @@ def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict:
-    """[TRPO-OBJ] The step that improves the surrogate most inside the trust region [TRPO-KL]."""
+    """The step that improves the surrogate most inside the trust region."""
     parameters = agent.policy_parameters()
     with torch.no_grad():  # πθ, while the agent becomes πθ'
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
@@ -355,7 +368,9 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
     def objective_and_kl() -> tuple[Tensor, Tensor]:
         output = agent.actor(x)
         ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()
-        return surrogate(ratio, advantage), kl_divergence(output, agent.log_std, old_output, old_log_std).mean()
+        kl = kl_divergence(output, agent.log_std, old_output, old_log_std)
+        # [TRPO-OBJ] what θ' shall maximise; [TRPO-KL] what shall stay below ε
+        return surrogate(ratio, advantage), kl.mean()
 
     def gradient(of: Tensor, **kwargs: bool) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(of, parameters, **kwargs)])
@@ -370,15 +385,16 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
         return gradient(kl_gradient @ v, retain_graph=True) + args.cg_damping * v
 
     direction = conjugate_gradient(fisher, g, args.cg_iters)
-    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). [DETAIL] A small g is no small step: where A is mere noise, so is the step.
+    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). H has its damping here too, so most steps end at a KL of about 0.6 ε.
+    # [DETAIL] A small g is no small step: where A is mere noise, so is the step.
     step = direction * (2 * args.kl_constraint / (direction @ fisher(direction))).sqrt()
-    # [TRPO-CG-4] backtracking line search
+    # [TRPO-CG-4] backtracking line search; without it the first step, i = 0, is taken as it is
     old_theta = theta.detach().clone()
     with torch.no_grad():
         for i in range(args.backtrack_iters):
             theta.copy_(old_theta + args.backtrack_coef**i * step)
             new_objective, new_kl = objective_and_kl()
-            if new_kl <= args.kl_constraint and new_objective > objective:
+            if not args.line_search or (new_kl <= args.kl_constraint and new_objective > objective):
                 return {"losses/policy_loss": -new_objective, "losses/kl": new_kl, "losses/backtracks": i}
         theta.copy_(old_theta)
     return {"losses/policy_loss": -objective.detach(), "losses/kl": 0.0, "losses/backtracks": args.backtrack_iters}
@@ -386,8 +402,9 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
 
 def fit_values(agent: Agent, phi: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
                args: Args) -> dict:
-    """[TRPO-CG-5] fit the value function to the returns"""
+    """Several passes over the iteration's steps; returns the mean loss."""
     losses = []
+    # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: one can't follow the policy.
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
             loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - target[mb]).square().mean()
@@ -455,7 +472,7 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, phi: nn.Parameter, pol
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ══ The slides end here. Below: running, saving, evaluating, the command line ═════════════════════════════════════
+# ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
 
 SCRIPT = "trpo"
 METRICS = (

@@ -1,5 +1,6 @@
 """The statistics of the benchmarks' report, against what they are by hand."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
 import report  # noqa: E402
+import returns as returns_  # noqa: E402
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
@@ -32,21 +34,32 @@ def test_the_interval_draws_seeds_within_their_environment():
 
 
 def test_the_highest_is_of_the_mean_over_seeds_and_10_episodes():
-    steps = np.arange(1000, report.STEPS + 1, 1000)
-    early = report.Run({}, steps, np.where(steps <= 500_000, 10.0, 0))
-    late = report.Run({}, steps, 10 - early.returns)
+    def run(returns):
+        numbers, _ = returns_.summary("ddpg", "Hopper-v4", steps, returns, steps)
+        return report.Run(numbers, None, None)
+
+    steps = np.arange(1000, 1_000_001, 1000)
+    early, late = (run(np.where((steps <= 500_000) == first, 10.0, 0)) for first in (True, False))
     assert report.highest([early]) == report.highest([late]) == pytest.approx(10)
     assert report.highest([early, late]) == pytest.approx(5)  # each at its best alone, never both
-    lucky = report.Run({}, steps, np.where(steps == 700_000, 10.0, 0))
-    assert report.highest([lucky]) == pytest.approx(1)
+    assert report.highest([run(np.where(steps == 700_000, 10.0, 0))]) == pytest.approx(1)
 
 
 def test_a_run_is_solved_by_the_first_100_episodes_of_mean_475_and_the_later_ones_are_averaged(tmp_path, monkeypatch):
     folder = tmp_path / "lapsing" / "CartPole-v1"
     folder.mkdir(parents=True)
     lapsing = [0.0] * 7 + [475.0] * 100 + [100.0, 300.0]  # the mean of 100 is 475 at episode 107 alone
-    for seed, returns in enumerate((lapsing, [474.0] * 120), 1):
-        rows = "".join(f"{10 * (i + 1)},{value},9\n" for i, value in enumerate(returns))
-        (folder / f"{seed}.csv").write_text('# {"commit": "abc"}\nglobal_step,episodic_return,episodic_length\n' + rows)
+    for seed, found in enumerate((lapsing, [474.0] * 120), 1):
+        steps = 10 * np.arange(1, len(found) + 1)
+        numbers, text = returns_.summary("ppo_clip", "CartPole-v1", steps, np.array(found), steps)
+        (folder / f"{seed}.csv").write_text(f"# {json.dumps({'commit': 'abc', **numbers})}\n{text}")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "| lapsing | 1070 never | 200 – | `abc` |" in report.solved_table()
+
+
+def test_a_result_has_a_row_for_every_10000_steps_in_which_an_episode_ended():
+    steps = np.array([*range(100, 10_001, 100), 10_500, 35_000])
+    found = np.array([*range(100), 200.0, 7.0])
+    numbers, text = returns_.summary("ppo_clip", "Hopper-v4", steps, found, np.where(steps > 10_000, 5, 3))
+    assert text.splitlines()[1:] == ["10000,49.5,3,100,49.5", "20000,200,5,1,51.5", "40000,7,5,1,51.56"]
+    assert numbers == {"episodes": 102, "mean": found.mean(), "last_100": found[2:].mean()}

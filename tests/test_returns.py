@@ -48,8 +48,7 @@ def assert_same(found: dict, expected: dict) -> None:
     """A run that wasn't resumed gives the same; one that was, which is timing's choice, goes on to the same step."""
     assert found.keys() == expected.keys()
     for cell, (about, rows) in found.items():
-        steps = [int(row.split(",")[0]) for row in rows.splitlines()[1:]]
-        assert about["steps"] == expected[cell][0]["steps"] and len(steps) > 10 and steps == sorted(steps)
+        assert about["steps"] == expected[cell][0]["steps"] and about["episodes"] > 10
         assert about["resumed"] or (about, rows) == expected[cell]
 
 
@@ -64,7 +63,8 @@ def expected(tmp_path_factory):
 def test_every_cell_has_a_result_and_one_that_failed_a_log(expected):
     assert results(expected).keys() == set(CELLS)
     for about, rows in results(expected).values():
-        assert about["steps"] >= 2048 and not about["resumed"] and "evaluated" in about and len(rows.splitlines()) > 10
+        assert about["steps"] >= 2048 and not about["resumed"] and "evaluated" in about and about["episodes"] > 10
+        assert sum(int(row.split(",")[3]) for row in rows.splitlines()[1:]) == about["episodes"]
         assert 0 < about["medians"]["losses/entropy"] < math.log(2)
     assert "--gamma can't be -2" in (expected / "work/wrong/CartPole-v1/1/log").read_text()
     assert "wrong CartPole-v1 1 failed" in (expected / "log").read_text()

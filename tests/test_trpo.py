@@ -53,6 +53,18 @@ def expected_surrogate(process, old, new, visits):
     return surrogate(ratio, weights)
 
 
+# [J-1] [J-2]
+@PROCESSES
+def test_a_policys_value_is_the_mean_of_its_paths_rewards_and_of_its_starts_values(seed, gamma):
+    process, theta, _ = pair(seed, gamma, ascending=True)
+    sampled = 0
+    for p, *path in process.episodes(theta):
+        rewards = process.R[tuple(map(torch.tensor, path))]
+        sampled += p * (gamma ** torch.arange(len(rewards)) * rewards).sum()
+    torch.testing.assert_close(sampled, process.start @ process.values(theta)[0])
+    torch.testing.assert_close(sampled, (process.visits(theta) * process.R).sum())
+
+
 @PROCESSES
 def test_the_surrogates_gradient_is_the_policy_gradient(seed, gamma):
     process, old, _ = pair(seed, gamma)
@@ -63,6 +75,7 @@ def test_the_surrogates_gradient_is_the_policy_gradient(seed, gamma):
     torch.testing.assert_close(slope, process.gradient_of_J(old), rtol=1e-6, atol=1e-8)
 
 
+# [J-DIFF]
 @PROCESSES
 def test_a_policys_gain_is_the_old_ones_advantage_along_its_own_path(seed, gamma):
     process, old, new = pair(seed, gamma, ascending=True)
@@ -78,6 +91,7 @@ def test_a_policys_gain_is_the_old_ones_advantage_along_its_own_path(seed, gamma
     torch.testing.assert_close(sampled, gain)
 
 
+# [J-IS]
 @PROCESSES
 def test_a_policys_gain_is_the_surrogate_in_the_states_that_it_visits_itself(seed, gamma):
     process, old, new = pair(seed, gamma)
@@ -86,6 +100,32 @@ def test_a_policys_gain_is_the_surrogate_in_the_states_that_it_visits_itself(see
     torch.testing.assert_close(value, process.J(new) - process.J(old))
 
 
+def states_at(process, pi, steps):
+    """p(s_t) for each t, with the end as the last state;   (t,S+1)"""
+    S, _ = process.shape
+    P = torch.eye(S + 1, dtype=pi.dtype)
+    P[:S, :S] = torch.einsum("sa,sax->sx", pi, process.P)
+    P[:S, S] = 1 - P[:S, :S].sum(1)
+    return torch.stack([torch.cat([process.start, P.new_zeros(1)]) @ P.matrix_power(t) for t in range(steps)])
+
+
+# [J-DIST]
+@PROCESSES
+@pytest.mark.parametrize("epsilon", [0.01, 0.3])
+def test_policies_that_seldom_differ_visit_nearly_the_same_states(epsilon, seed, gamma):
+    process, old, other = pair(seed, gamma)
+    pi, t = old.softmax(-1), torch.arange(20.0)[:, None]
+    one_action = torch.nn.functional.one_hot(other.argmin(-1), 3).double()
+    p, p_new = states_at(process, pi, 20), states_at(process, (1 - epsilon) * pi + epsilon * one_action, 20)
+    same = (1 - epsilon) ** t
+    mistake = (p_new - same * p)[1:] / (1 - same)[1:]
+    assert mistake.min() > -1e-9 and torch.allclose(mistake.sum(1), torch.ones(19).double())
+    distance = (p_new - p).abs().sum(1, keepdim=True)
+    assert (distance <= 2 * (1 - same) + 1e-12).all() and (1 - same <= epsilon * t + 1e-6).all()
+    assert (distance[1:4] > epsilon / 20).all()
+
+
+# [TRPO-MONO]
 def test_the_surrogate_less_a_multiple_of_the_largest_kl_is_a_lower_bound_of_the_gain():
     overestimated = 0
     for seed in range(300):

@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
-STEPS = 1_000_000  # of a run that is compared with published ones
 
 # The rows of the lecture's table: objective, the lecture's score, and the name in grid.csv.
 PPO_TABLE = [
@@ -49,19 +48,14 @@ PEERS = {"ppo_clip": "SB3 PPO", "ppo_kl": "SB3 PPO", "trpo": "SB3 TRPO", "a3c --
 
 
 class Run(NamedTuple):
-    about: dict  # what made it
-    steps: np.ndarray  # at the end of each episode
-    returns: np.ndarray
+    about: dict  # what made it, and what the tables need
+    steps: np.ndarray  # every 10,000
+    means: np.ndarray  # of the latest 100 episodes
 
     @property
     def score(self) -> float:
         """What the PPO paper compares: the mean of the last 100 episodes"""
-        return self.returns[-100:].mean()
-
-    @property
-    def means(self) -> np.ndarray:
-        """of every 100 episodes in a row"""
-        return np.convolve(self.returns, np.ones(100) / 100, "valid")
+        return self.about["last_100"]
 
 
 def about(path: Path) -> dict:
@@ -75,7 +69,7 @@ def runs(name: str, env_id: str) -> list[Run]:
     """A run for each seed that is done"""
     found = []
     for path in sorted((RESULTS / name / env_id.replace("/", "-")).glob("*.csv")):
-        columns = np.loadtxt(path, delimiter=",", skiprows=2, usecols=(0, 1), unpack=True, ndmin=2)
+        columns = np.genfromtxt(path, delimiter=",", skip_header=2, usecols=(0, 4), unpack=True, ndmin=2)
         found.append(Run(about(path), *columns))
     return found
 
@@ -116,7 +110,7 @@ def interval(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
 
 def ppo_table(environments: bool = True) -> str:
     """The lecture's table beside ours; an objective counts as run when every environment has its three seeds."""
-    random = np.array([runs("random", env_id)[0].returns.mean() for env_id in PPO_ENV_IDS])
+    random = np.array([runs("random", env_id)[0].about["mean"] for env_id in PPO_ENV_IDS])
     trained = {name: [runs(name, env_id)[:3] for env_id in PPO_ENV_IDS] for _, _, name in PPO_TABLE}
     done = {name: some for name, some in trained.items() if all(len(seeds) == 3 for seeds in some)}
     scores = {name: np.array([[run.score for run in seeds] for seeds in some]) for name, some in done.items()}
@@ -185,9 +179,8 @@ def returns_table() -> str:
 
 def highest(some: list[Run]) -> float:
     """Mean of the seeds' latest 10 episodes, each 5000 steps: the highest"""
-    times = np.arange(5000, STEPS + 1, 5000)
-    latest = [np.convolve(run.returns, np.ones(10) / 10, "valid") for run in some]
-    return np.mean([np.interp(times, run.steps[9:], means, left=-np.inf) for run, means in zip(some, latest)], 0).max()
+    shortest = min(len(run.about["latest_10"]) for run in some)
+    return np.nanmax(np.mean([run.about["latest_10"][:shortest] for run in some], axis=0))
 
 
 def highest_table() -> str:
@@ -223,9 +216,8 @@ def solved_table() -> str:
     for path in sorted(RESULTS.glob("*/CartPole-v1")):
         trained, cells = runs(path.parent.name, path.name), []
         for run in trained:
-            solved = 99 + np.flatnonzero(run.means >= 475)  # the last of such 100 episodes
-            cells.append(("never", "–") if not len(solved) else
-                         (f"{run.steps[solved[0]]:.0f}", f"{run.returns[solved[0] + 1:].mean():.0f}"))
+            solved = "solved" in run.about
+            cells.append((f"{run.about['solved']}", f"{run.about['afterwards']:.0f}") if solved else ("never", "–"))
         rows.append((path.parent.name, *map(" ".join, zip(*cells)), commits(trained)))
     return table("| run | steps, seeds 1, 2, … | mean return afterwards | commit |", rows)
 
@@ -304,7 +296,7 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
         trained = runs(name, env_id)
         units = [60 * run.about["steps_per_second"] if minutes else 1e6 for run in trained]
         grid = np.linspace(0, min(run.about["steps"] / unit for run, unit in zip(trained, units)), 200)
-        lines = [np.interp(grid, run.steps[99:] / unit, run.means, left=np.nan) for run, unit in zip(trained, units)]
+        lines = [np.interp(grid, run.steps / unit, run.means, left=np.nan) for run, unit in zip(trained, units)]
         axes.plot(grid, np.transpose(lines), color=f"C{color}", linewidth=0.6, alpha=0.5)
         axes.plot(grid, np.mean(lines, axis=0), color=f"C{color}", linewidth=2, label=f"{label} ({len(lines)})")
     axes.set(title=env_id, xlabel="minutes" if minutes else "million steps", ylabel="return, mean of 100 episodes")

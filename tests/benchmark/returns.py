@@ -4,10 +4,10 @@
     python tests/benchmark/returns.py --work /tmp/grid                      # writes results/<name>/<env>/<seed>.csv
     python tests/benchmark/returns.py --work /tmp/grid --ray 10.0.0.1:6379  # the same on all machines of a Ray cluster
 
-A cell is a name (of its row in grid.csv), an environment and a seed. Its result holds the return and length of every
-episode in training, under one line of comment with the command, commit and versions, the mean return of 100
-episodes of the trained agent without exploration (`--evaluate`), and the median of each loss. What a cell was doing
-when it was stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
+A cell is a name (of its row in grid.csv), an environment and a seed. Its result has a row for every 10,000 steps of
+training, under one line of comment with the command, commit and versions, the mean return of 100 episodes of the
+trained agent without exploration (`--evaluate`), the median of each loss, and what else the tables need. What a cell
+was doing when it was stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
 its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
 then and its last checkpoint. A run that was stopped and resumed has begun new episodes there, so its numbers are not
 those that its command alone gives: its result says "resumed".
@@ -34,11 +34,13 @@ from pathlib import Path
 from statistics import median
 from typing import IO, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")
+ROW = 10_000  # steps
 RETRIES = 5  # of a cell whose Ray worker dies
 ENDS = "go beyond step", "n't finite"  # of a run's error: stopped between training and evaluation; diverged
 
@@ -103,7 +105,26 @@ def medians(rows: list[dict[str, str]]) -> dict[str, float]:
     return found
 
 
-def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[str]) -> str:
+def summary(script: str, env_id: str, steps: np.ndarray, returns: np.ndarray, lengths: np.ndarray) -> tuple[dict, str]:
+    """Of all episodes, at whose ends the steps are counted: what the tables need, and the rows."""
+    means = np.convolve(returns, np.ones(100) / 100)[99 : len(returns)]  # of every 100 in a row
+    numbers = {"episodes": len(returns), "mean": returns.mean(), "last_100": returns[-100:].mean()}
+    if env_id == "CartPole-v1" and (means >= 475).any():
+        solved = 99 + int(np.argmax(means >= 475))
+        numbers |= {"solved": int(steps[solved]), "afterwards": returns[solved + 1 :].mean()}
+    if "ddpg" in script:  # whose best moment is looked for
+        times, tens = np.arange(5000, steps[-1] + 1, 5000), np.convolve(returns, np.ones(10) / 10, "valid")
+        numbers["latest_10"] = [round(x, 2) for x in np.interp(times, steps[9:], tens, left=np.nan).tolist()]
+    rows = ["global_step,episodic_return,episodic_length,episodes,latest_100"]
+    for step in range(ROW, int(steps[-1]) + ROW, ROW):
+        here, known = (steps > step - ROW) & (steps <= step), int((steps <= step).sum())
+        if here.any():
+            latest = f"{means[known - 100]:.6g}" if known >= 100 else ""
+            rows.append(f"{step},{returns[here].mean():.6g},{lengths[here].mean():.6g},{here.sum()},{latest}")
+    return numbers, "\n".join([*rows, ""])
+
+
+def result(trained: Path, cell: Cell, command: list[str], root: Path, commit: str, log: IO[str]) -> str:
     """Evaluates the run in a folder, and tells its results."""
     with (trained / "metrics.csv").open() as source:
         rows = list(csv.DictReader(source))
@@ -114,13 +135,10 @@ def result(trained: Path, command: list[str], root: Path, commit: str, log: IO[s
     resumed = json.loads((trained / "config.json").read_text())["args"]["resume"] is not None
     last = {"resumed": resumed, "steps": int(rows[-1]["global_step"]), "steps_per_second": speeds[-1],
             "evaluated": round(sum(evaluated) / len(evaluated), 1), "medians": medians(rows)}
-    episodes = [
-        f"{row['global_step']},{float(row['charts/episodic_return']):.6g},{row['charts/episodic_length']}"
-        for row in rows
-        if row["charts/episodic_return"]
-    ]
-    lines = "global_step,episodic_return,episodic_length", *episodes, ""
-    return describe(" ".join(command), commit, **last) + "\n".join(lines)
+    columns = "global_step", "charts/episodic_return", "charts/episodic_length"
+    episodes = np.array([[float(row[name]) for name in columns] for row in rows if row["charts/episodic_return"]])
+    numbers, text = summary(cell.script, cell.env_id, *episodes.T)
+    return describe(" ".join(command), commit, **last, **numbers) + text
 
 
 def run(cell: Cell, root: Path, work: Path, commit: str) -> tuple[str | None, str]:
@@ -137,7 +155,7 @@ def run(cell: Cell, root: Path, work: Path, commit: str) -> tuple[str | None, st
             try:
                 train([sys.executable, *command[1:], *where], cell.minutes, root, lock, log)
                 trained = max(folder.glob("*/metrics.csv")).parent
-                return result(trained, command, root, commit, log), ""
+                return result(trained, cell, command, root, commit, log), ""
             except subprocess.CalledProcessError as error:
                 log.flush()
                 return None, f"{(folder / 'log').read_text()}{error}\n"
