@@ -220,10 +220,11 @@ def critic_loss(value: Tensor, target: Tensor) -> Tensor:
 
 
 def action_gradient(value: Tensor, action: Tensor) -> Tensor:
-    """1/N ∇_a Q(s,a) of DDPG-12 (paper, eq. 6), for [DPG-THM];   value Q (B,), action (B,A) → (B,A)
+    """1/N ∇_a Q(s,a) of DDPG-12 (paper, eq. 6);   value Q (B,), action (B,A) → (B,A)
 
     Divided by N already, so that back-propagation's sum over the minibatch is the mean."""
-    (gradient,) = torch.autograd.grad(value.mean(), action)  # of the action alone: Q's parameters get none
+    # [DPG-THM] its factor ∇_a Q, of the action alone: Q's parameters get no gradient
+    (gradient,) = torch.autograd.grad(value.mean(), action)
     return gradient
 
 

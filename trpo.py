@@ -49,8 +49,8 @@ Symbols     variable            shape     meaning
 Departures from the slides
     J-SURR      leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
-    TRPO-CG     The deck only names Taylor expansion, conjugate gradient and the book 动手学强化学习, 11.3. These five lines
-                are the book's and the paper's.
+    TRPO-CG-1   and the four lines after it are the paper's and the book's (动手学强化学习, 11.3): the deck only names the
+                Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
     [DETAIL]    marks whatever else the slides don't have, each with its reason.

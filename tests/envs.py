@@ -204,7 +204,7 @@ class Warning(Endless):
 
 
 class Stuck(Counter):
-    """Says so in its 300th step, which takes a minute."""
+    """Says so in its 300th step, which takes an hour."""
 
     action_space = ONE
     steps = 0
@@ -213,7 +213,7 @@ class Stuck(Counter):
         self.steps += 1
         if self.steps == 300:
             print("stuck", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
         return super().step(action)
 
 

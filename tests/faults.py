@@ -13,7 +13,6 @@ SECONDS = 0.1  # between two checkpoints, instead of CHECKPOINT_SECONDS
 
 
 class Death(NamedTuple):
-    age: float  # of the checkpoint at the moment of the kill, in seconds
     step: int  # that the checkpoint has
     lost: int  # rows of metrics.csv that came after it
 
@@ -34,13 +33,14 @@ def saved_step(runs_dir: Path) -> int:
 
 
 def kill(script: Script, runs_dir: Path, *flags, seed: int) -> Death:
-    """Starts a run, or goes on with one, and kills it at a random moment after it has saved."""
+    """Starts a run, or goes on with one, and kills it at a random moment after it has saved twice."""
     before, process = saved_step(runs_dir), hurried(script, *flags)
-    wait_for(lambda: saved_step(runs_dir) > before, process)  # a3c saves before its workers have begun, too
+    for _ in range(2):
+        wait_for(lambda: saved_step(runs_dir) > before, process)  # a3c saves before its workers have begun, too
+        before = saved_step(runs_dir)
     time.sleep(random.Random(seed).uniform(0, 2 * SECONDS))
-    age = time.time() - last_save(runs_dir)
     process.kill()
     finish(process)  # when all that it had started are gone too
     saved = torch.load(only_run(runs_dir) / "checkpoint.pt", weights_only=True)
     rows = (only_run(runs_dir) / "metrics.csv").read_bytes()[saved["metrics_size"]:].count(b"\n")
-    return Death(age, saved["global_step"], rows)
+    return Death(saved["global_step"], rows)

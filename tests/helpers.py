@@ -24,6 +24,9 @@ SERVER = multiprocessing.get_context("forkserver")  # a3c's workers are its, wit
 SERVER.set_forkserver_preload(["a3c", "envs"])
 
 
+ENDLESS = "--total-timesteps", str(10**9)  # of a run that a test ends when it has seen what it waits for
+
+
 @dataclass(frozen=True)
 class Script:
     name: str
@@ -31,7 +34,7 @@ class Script:
     batch: int
     learns: tuple[str, float, tuple[str, ...]]  # environment, mean of the last returns, by which flags
     last: int = 100  # how many returns that is a mean of
-    steps: int = 4000  # of a run that takes seconds, so that it can be interrupted
+    steps: int = 1300  # of a whole run
     actors: str = "num-envs"  # the flag that counts actors
     whole_episodes: bool = False  # an iteration ends with its episodes rather than after `batch` steps
     row_per_batch: bool = True  # of losses
@@ -79,7 +82,6 @@ SCRIPTS = [
         batch=128,
         learns=("Pendulum-v1", -300, ("--total-timesteps", "8000", "--learning-starts", "500")),
         last=20,
-        steps=1400,
         row_per_batch=False,
         environments=("Hopper-v4", "Hopper-v5", "Pendulum-v1"),
     ),
@@ -138,6 +140,13 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, finish(process)
         time.sleep(0.002)
+
+
+def wait_for_steps(process: subprocess.Popen) -> None:
+    """Until its bar shows some"""
+    shown = b""
+    while not re.search(rb"[1-9]\d*(/\d+ \[| steps)", shown):
+        shown += os.read(process.stderr.fileno(), 100) or pytest.fail(shown.decode())
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from a3c import (
     Actor, Agent, Args, Failure, Shared, actor_learner, as_vector, log_prob, make_env, n_step_advantage, n_step_returns,
     RunningNorm, rmsprop_, score_loss, squared_error,
 )
-from helpers import ROOT, complaints, environment, finish, iterations, metrics, only_run, run, start, wait_for
+from helpers import ENDLESS, ROOT, complaints, environment, finish, iterations, metrics, only_run, run, start, wait_for
 from oracles import Process, distribution, flat, gradient
 
 KEPT = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -710,19 +710,19 @@ def launch():
 @pytest.fixture
 def begun(launch, tmp_path):
     """A run of two workers that have taken a step, and the workers' pids"""
-    process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Announced-v0")
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Announced-v0", *ENDLESS, "--patience", 10**6)
     assert process.stdout.readline().startswith("run: ")
     assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
     return process, workers_of(process)
 
 
-def end_of(process, seconds):
-    """Exit code, complaints; the whole session ends within some seconds"""
-    began = time.monotonic()
+def end_of(process):
+    """Exit code, complaints; the whole session ends"""
     code, _, err = finish(process)  # waits for all who hold stdout or stderr
-    while processes(process.pid) and time.monotonic() - began < seconds:
+    deadline = time.monotonic() + 60
+    while processes(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert processes(process.pid) == {} and time.monotonic() - began < seconds
+    assert processes(process.pid) == {}
     return code, complaints(err)
 
 
@@ -743,8 +743,8 @@ def test_a_worker_that_stops_ends_the_run_in_one_line_and_what_it_has_saved_stay
     monkeypatch.setattr(a3c, "CHECKPOINT_SECONDS", 0.5)
     total = 500 if where == "close" else 10**9
     code, _, err = main("--env-id", "test_a3c:Halting-v0", "--num-workers", 2, "--total-timesteps", total,
-                        "--patience", 4, "--runs-dir", tmp_path)
-    assert (code, complaints(err)) == (2, ["error: worker 1 has taken no step for --patience 4.0 seconds"])
+                        "--patience", 8, "--runs-dir", tmp_path)
+    assert (code, complaints(err)) == (2, ["error: worker 1 has taken no step for --patience 8.0 seconds"])
     assert multiprocessing.active_children() == []
     assert load(only_run(tmp_path))["global_step"] >= 500  # the other went on; complete, if the end is all that hangs
 
@@ -759,7 +759,7 @@ def test_a_worker_that_goes_early_without_a_word_ends_the_run(main, monkeypatch,
 
 
 def test_a_reset_that_takes_longer_than_a_step_is_no_hang(main, tmp_path):
-    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", 4,
+    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", 10,
                         "--runs-dir", tmp_path)
     assert (code, complaints(err)) == (0, [])
 
@@ -768,7 +768,7 @@ def test_a_reset_that_takes_longer_than_a_step_is_no_hang(main, tmp_path):
 def test_a_worker_that_dies_ends_the_run_in_one_line(begun):
     process, workers = begun
     os.kill(workers[1], signal.SIGKILL)
-    assert end_of(process, seconds=10) == (2, ["error: worker 1 ended early, with exit code -9"])
+    assert end_of(process) == (2, ["error: worker 1 ended early, with exit code -9"])
 
 
 @PROC
@@ -776,14 +776,15 @@ def test_a_run_of_which_a_worker_is_stopped_can_be_terminated_at_once_and_saves(
     process, workers = begun
     os.kill(workers[0], signal.SIGSTOP)
     process.terminate()
-    assert end_of(process, seconds=5) == (143, [])
+    assert end_of(process) == (143, [])
     assert load(only_run(tmp_path))["global_step"] > 0
 
 
 @PROC
 def test_a_run_that_is_killed_has_saved_while_its_workers_ran_and_none_outlives_it(launch, main, tmp_path):
     hurried = "-c", "import a3c; a3c.CHECKPOINT_SECONDS = 0.1; a3c.main()"
-    process, steps = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", script=hurried), {0}
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", *ENDLESS, script=hurried)
+    steps = {0}
 
     def three_saves():
         for path in tmp_path.glob("*/checkpoint.pt"):
@@ -792,7 +793,7 @@ def test_a_run_that_is_killed_has_saved_while_its_workers_ran_and_none_outlives_
 
     wait_for(three_saves, process)
     process.kill()
-    code, lines = end_of(process, seconds=5)
+    code, lines = end_of(process)
     assert code == -signal.SIGKILL and "Traceback (most recent call last):" not in lines
     folder = only_run(tmp_path)
     code, _, err = main("--resume", folder, "--total-timesteps", load(folder)["global_step"] + 1000)
@@ -818,7 +819,7 @@ def test_a_worker_ends_without_a_word_where_its_run_is_no_more_and_only_there(
 @PROC
 def test_what_an_environment_raises_in_a_worker_is_shown_as_a_traceback_and_ends_the_run_in_a_line(launch, tmp_path):
     process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Broken-v0")
-    code, (*lines, last) = end_of(process, seconds=60)
+    code, (*lines, last) = end_of(process)
     assert code == 2 and last in [f"error: worker {n} ended early, with exit code 1" for n in range(2)]
     assert "Traceback (most recent call last):" in lines and "RuntimeError: the simulator" in lines
 
@@ -832,12 +833,12 @@ def test_what_the_user_can_mend_is_sent_in_a_line(trial, handlers, tmp_path):
 @PROC
 @pytest.mark.parametrize("workers, seconds", [(0, 0), (1, 0), (2, 0), (2, 0.5), (2, 2)])
 def test_ctrl_c_while_the_workers_start_saves_and_leaves_no_process(workers, seconds, launch, main, tmp_path):
-    process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0")
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", *ENDLESS)
     assert process.stdout.readline().startswith("run: ")
     wait_for(lambda: len(workers_of(process)) >= workers, process)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
-    assert end_of(process, seconds=5) == (130, [])
+    assert end_of(process) == (130, [])
     if workers:  # before there is one, there is nothing to save
         folder = only_run(tmp_path)
         code, _, err = main("--resume", folder, "--total-timesteps", load(folder)["global_step"] + 100)
@@ -863,18 +864,17 @@ def test_two_workers_have_seeds_of_their_own_count_all_their_steps_and_end_with_
 @pytest.fixture(scope="module", params=[("CartPole-v1",), ("test_a3c:Swing-v0", "--lstm"), ("envs:Chance-v0",)],
                 ids=["feedforward", "lstm", "chance"])
 def alone(request):
-    return "--num-workers", 1, "--t-max", 7, "--total-timesteps", 4000, "--env-id", *request.param
+    return "--num-workers", 1, "--t-max", 7, "--env-id", *request.param
 
 
 @pytest.fixture(scope="module")
 def stopped(alone, launch, tmp_path_factory):
     """The folder of a run of one worker that Ctrl-C has stopped"""
     runs = tmp_path_factory.mktemp("stopped")
-    process = launch(runs, *alone)
+    process = launch(runs, *alone, *ENDLESS)
     wait_for(lambda: list(runs.glob("*/metrics.csv")) and iterations(only_run(runs)), process)
     os.killpg(process.pid, signal.SIGINT)
-    assert end_of(process, seconds=5) == (130, [])
-    assert load(only_run(runs))["global_step"] < 4000 - 7
+    assert end_of(process) == (130, [])
     return only_run(runs)
 
 
@@ -882,14 +882,14 @@ def assert_same_run(one, other):
     assert metrics(one) == metrics(other)
     one, other = ({name: x for name, x in load(folder).items() if name in ("agent", "global_step")}
                   for folder in (one, other))
-    assert len(one) == 2 and one["global_step"] >= 4000
+    assert len(one) == 2
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_alone_a_worker_repeats_itself_under_the_same_seed(alone, main, tmp_path):
     in_a_process = partial(run, ROOT / "a3c.py")  # whose worker inherits no generators, as that of `main` does
     for name, start_run in {"one": main, "other": in_a_process}.items():
-        code, _, err = start_run(*alone, "--runs-dir", tmp_path / name)
+        code, _, err = start_run(*alone, "--total-timesteps", 3000, "--runs-dir", tmp_path / name)
         assert (code, complaints(err)) == (0, [])
     assert_same_run(only_run(tmp_path / "one"), only_run(tmp_path / "other"))
 
@@ -898,7 +898,7 @@ def test_alone_a_worker_repeats_itself_under_the_same_seed(alone, main, tmp_path
 def test_alone_a_worker_that_goes_on_from_the_same_checkpoint_repeats_itself(stopped, main, tmp_path):
     folders = [shutil.copytree(stopped, tmp_path / name) for name in ("one", "other")]
     for folder in folders:
-        code, _, err = main("--resume", folder)
+        code, _, err = main("--resume", folder, "--total-timesteps", load(stopped)["global_step"] + 2000)
         assert (code, complaints(err)) == (0, [])
     assert_same_run(*folders)
     before = metrics(stopped)

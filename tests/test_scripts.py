@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import csv
 import json
 import os
 import re
@@ -20,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT, SCRIPTS, TRACKING, complaints, contents, environment, finish, iterations, metrics, only_run, run,
-    run_here, skip_unless_suited, start, wait_for,
+    ENDLESS, ROOT, SCRIPTS, TRACKING, complaints, contents, environment, finish, iterations, metrics, only_run, run,
+    run_here, skip_unless_suited, start, wait_for, wait_for_steps,
 )
 from tqdm import tqdm
 
@@ -40,8 +41,8 @@ def train(script, runs_dir, *flags, main=None):
 
 
 def interrupt(script, runs_dir, *flags, number=signal.SIGINT, **variables):
-    """A run's folder after it was asked to stop in the midst of it, and the exit code"""
-    process = start(script.path, *script.tiny, "--runs-dir", runs_dir, *flags, env=environment(**variables))
+    """The folder of an endless run after it was asked to stop, and the exit code"""
+    process = start(script.path, *script.tiny, *ENDLESS, "--runs-dir", runs_dir, *flags, env=environment(**variables))
     wait_for(lambda: list(runs_dir.glob("*/metrics.csv")), process)
     wait_for(lambda: iterations(only_run(runs_dir)), process)
     process.send_signal(number)
@@ -65,18 +66,19 @@ def column(run_folder, name):
 @pytest.fixture(scope="session", params=["Hopper-v4", "CartPole-v1"])
 def task(script, request):
     skip_unless_suited(script, request.param)
-    return "--env-id", request.param, "--total-timesteps", script.steps
+    return "--env-id", request.param
 
 
 @pytest.fixture(scope="session")
 def whole(script, module, task, tmp_path_factory):
     """A run from start to end"""
-    return train(script, tmp_path_factory.mktemp("whole"), *task, main=partial(run_here, module))
+    flags = *task, "--total-timesteps", script.steps
+    return train(script, tmp_path_factory.mktemp("whole"), *flags, main=partial(run_here, module))
 
 
 @pytest.fixture(scope="session")
 def stopped(script, task, tmp_path_factory):
-    """The same run, stopped by Ctrl-C: its folder, exit code"""
+    """A run that was stopped by Ctrl-C: its folder, exit code"""
     return interrupt(script, tmp_path_factory.mktemp("stopped"), *task)
 
 
@@ -96,7 +98,8 @@ def test_an_environment_of_each_kind_runs_and_leaves_a_checkpoint_and_metrics(sc
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(script, main, task, whole, tmp_path):
-    again, other = (train(script, tmp_path / seed, *task, "--seed", seed, main=main) for seed in ("1", "2"))
+    flags = *task, "--total-timesteps", script.steps
+    again, other = (train(script, tmp_path / seed, *flags, "--seed", seed, main=main) for seed in ("1", "2"))
     assert metrics(again) == metrics(whole) != metrics(other)
 
 
@@ -173,12 +176,13 @@ def sent(run_folder):
 @TRACKING
 def test_what_is_tracked_are_the_rows_of_the_metrics_none_twice_even_after_a_kill(script, tmp_path):
     flags = *script.tiny, "--env-id", script.environments[-1], "--runs-dir", tmp_path / "runs"
-    process = track(script, tmp_path, *flags, "--total-timesteps", 10**6)
+    process = track(script, tmp_path, *flags, *ENDLESS)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    time.sleep(1)
+    folder = only_run(tmp_path / "runs")
+    seen = iterations(folder)
+    wait_for(lambda: iterations(folder) > seen + 1, process)
     process.kill()
     finish(process)
-    folder = only_run(tmp_path / "runs")
     process = track(script, tmp_path, "--resume", folder, "--total-timesteps", load(folder)["global_step"] + 2 * script.batch)
     assert finish(process)[0] == 0
     rows, logged = sent(folder), [{name: float(x) for name, x in row.items() if x} for row in metrics(folder)]
@@ -215,10 +219,11 @@ def test_an_evaluation_plays_no_episode_that_training_began_with(launched, scrip
 
 def test_the_folder_is_named_at_the_start_and_the_bar_moves_within_an_iteration_and_ends_at_its_end(script, tmp_path):
     flags = "--env-id", "envs:Stuck-v0", "--runs-dir", tmp_path
-    process = start(script.path, *flags, "--total-timesteps", 10**6, *("--num-workers 1".split() * (script.name == "a3c")))
+    process = start(script.path, *flags, *ENDLESS, *("--num-workers 1".split() * (script.name == "a3c")))
     assert process.stdout.readline() == f"run: {only_run(tmp_path)}\n"
     assert process.stdout.readline() == "stuck\n"
-    time.sleep(1.5)
+    if script.name == "a3c":  # whose bar is another process's
+        wait_for_steps(process)
     process.send_signal(signal.SIGTERM)
     _, _, err = finish(process)
     assert any(int(steps) % 2048 for steps in re.findall(r"(\d+)/\d+ \[", err))
@@ -247,7 +252,7 @@ def test_the_help_is_printed_where_there_are_no_greek_letters(script):
 def assert_saved_in_the_midst(script, folder):
     steps = column(folder, "global_step")
     ends = [float(row["global_step"]) for row in metrics(folder) if row["losses/policy_loss"]]
-    assert ends[-1] <= steps[-1] <= load(folder)["global_step"] < script.steps - script.batch
+    assert ends[-1] <= steps[-1] <= load(folder)["global_step"]
     assert not script.row_per_batch or ends[-1] == load(folder)["global_step"]
     assert steps == sorted(steps) and len(set(ends)) == len(ends)
 
@@ -261,7 +266,7 @@ def test_ctrl_c_saves_and_exits_with_130(script, stopped):
 def test_a_run_that_is_terminated_saves_and_closes_its_environments(script, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
-    flags = "--env-id", "envs:Closing-v0", "--total-timesteps", script.steps
+    flags = "--env-id", "envs:Closing-v0"
     folder, code = interrupt(script, tmp_path / "runs", *flags, number=signal.SIGTERM, CLOSED=str(closed))
     assert code == 128 + signal.SIGTERM
     assert_saved_in_the_midst(script, folder)
@@ -271,22 +276,18 @@ def test_a_run_that_is_terminated_saves_and_closes_its_environments(script, tmp_
 def test_a_run_is_left_at_once_in_the_midst_of_an_iteration_and_of_a_step_and_saves(script, tmp_path):
     process = start(script.path, *script.tiny, "--env-id", "envs:Stuck-v0", "--runs-dir", tmp_path)
     assert [process.stdout.readline() for _ in range(2)][-1] == "stuck\n"
-    time.sleep(1.5)  # a3c's parent hears of what its worker has done
-    began = time.time()
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
-    assert (code, complaints(err)) == (128 + signal.SIGTERM, []) and time.time() - began < 10
+    assert (code, complaints(err)) == (128 + signal.SIGTERM, [])
     assert "stopped early" in out and 0 <= load(only_run(tmp_path))["global_step"] <= 600
 
 
 def test_an_episode_without_an_end_is_left_at_once(script, tmp_path):
     process = start(script.path, "--env-id", "envs:Endless-v0", "--runs-dir", tmp_path)
     assert process.stdout.readline().startswith("run: ")
-    time.sleep(4)
-    began = time.time()
+    wait_for_steps(process)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert (code, complaints(err)) == (130, []) and time.time() - began < 10
+    assert finish(process)[0] == 130
     assert load(only_run(tmp_path))["script"] == script.name
 
 
@@ -306,12 +307,12 @@ def test_an_actor_keeps_nothing_of_the_steps_that_it_took(module):
 
 @pytest.mark.parametrize("left_behind", ["", "99999,1.0,"], ids=["interrupted", "crashed_later"])
 def test_a_resumed_run_goes_on_without_a_gap_or_a_row_twice_and_repeats_itself(script, main, stopped, left_behind, tmp_path):
-    before, resumed = metrics(stopped[0]), []
+    before, total, resumed = metrics(stopped[0]), load(stopped[0])["global_step"] + 5 * script.batch, []
     for name in "ab":
         folder = shutil.copytree(stopped[0], tmp_path / name)
         with open(folder / "metrics.csv", "a") as file:
             file.write(left_behind)
-        code, _, err = main("--resume", folder)
+        code, _, err = main("--resume", folder, "--total-timesteps", total)
         assert (code, complaints(err)) == (0, [])
         resumed.append(folder)
     one, other = map(metrics, resumed)
@@ -323,8 +324,7 @@ def test_a_resumed_run_goes_on_without_a_gap_or_a_row_twice_and_repeats_itself(s
     if script.row_per_batch:
         assert ends == list(range(script.batch, ends[-1] + 1, script.batch))
     one, other = map(load, resumed)
-    whole = script.steps // script.batch * script.batch if script.row_per_batch else script.steps
-    assert is_as_long(script, one["global_step"], whole)
+    assert is_as_long(script, one["global_step"], total)
     assert all(torch.equal(x, other["agent"][name]) for name, x in one["agent"].items())
 
 
@@ -452,9 +452,7 @@ def test_an_evaluation_that_does_not_end_shows_its_steps(script, main, tmp_path)
     flags = "--env-id", "envs:Endless-v0", "--total-timesteps", script.batch
     folder = train(script, tmp_path, *flags, main=main)
     process = start(script.path, "--evaluate", folder)
-    shown = b""
-    while not re.search(rb"[1-9]\d+ steps", shown):
-        shown += os.read(process.stderr.fileno(), 100)
+    wait_for_steps(process)
     process.send_signal(signal.SIGINT)
     assert finish(process)[0] == 130
 
@@ -541,7 +539,9 @@ def test_each_line_of_the_slides_is_cited_where_the_code_does_it_and_in_their_or
     body = script.source.partition(header)[2]
     defined = list(dict.fromkeys(re.findall(rf"^ +({IDENTIFIER})\s", header, re.M)))
     cited = list(dict.fromkeys(re.findall(rf"\[({IDENTIFIER})\]", body)))
-    assert len(defined) >= 3 and families(cited) == families(defined)
+    with (ROOT / "tests/slides.csv").open(encoding="utf-8") as file:  # the way to a formula is tested, not run
+        tested = {name for row in csv.DictReader(file) if row["file"][:5] == "tests" for name in row["identifiers"].split()}
+    assert families(cited) == families([name for name in defined if name not in tested])
 
 
 def test_a_detail_beyond_the_slides_gives_its_reason(script):

@@ -39,7 +39,8 @@ PPO_ENV_IDS = ["HalfCheetah-v4", "Hopper-v4", "InvertedDoublePendulum-v4", "Inve
 SCRIPTS = "reinforce", "a3c", "trpo", "ppo_clip", "ppo_kl", "ddpg"
 CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
 STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
-              "reinforce_lr_0.1": "REINFORCE, α = 0.1", "trpo": "TRPO", "ppo_clip": "PPO"}
+              "reinforce_lr_0.1": "REINFORCE, α = 0.1", "trpo": "TRPO", "npg": "natural policy gradient",
+              "ppo_clip": "PPO"}
 WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c_2_workers": "2 actor-learners"}
 DDPG_BATCHES = {"ddpg": 64, "ddpg_batch_256": 256}
 PONG = {"a3c": "feed-forward", "a3c_lstm": "LSTM"}
@@ -85,6 +86,33 @@ def table(header: str, rows: list[tuple]) -> str:
 
 def number(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+
+
+# ── The lecture's identifiers ─────────────────────────────────────────────────────────────────────────────────────
+
+def slides() -> list[dict[str, str]]:
+    """Each slide's identifiers, and the file that has their lines"""
+    with (ROOT / "tests/slides.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def line_of(identifier: str, path: str) -> int:
+    """Where it stands as [identifier] in a comment, below the header"""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return next(n for n, line in enumerate(lines, 1) if f"[{identifier}]" in line.partition("# ")[2])
+
+
+def lines_table() -> str:
+    rows = []
+    for row in slides():
+        names, links = row["identifiers"].split(), []
+        for name in names:
+            family, _, number = name.rpartition("-")
+            follows = links and number.isdigit() and names[len(links) - 1] == f"{family}-{int(number) - 1}"
+            links.append(f"[{number if follows else name}]({row['file']}#L{line_of(name, row['file'])})")
+        title = ": ".join(filter(None, (row["slide"], row["english"])))
+        rows.append((title, f"`{Path(row['file']).name}`", " ".join(links)))
+    return table("| slide | file | lines |", rows)
 
 
 # ── The lecture's table ───────────────────────────────────────────────────────────────────────────────────────────
@@ -308,7 +336,7 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 
 
 TABLES = {
-    "README.md": {"returns": returns_table, "ppo": partial(ppo_table, environments=False),
+    "README.md": {"lines": lines_table, "returns": returns_table, "ppo": partial(ppo_table, environments=False),
                   "speed": partial(speed_table, ("Hopper-v4",))},
     "tests/benchmark/README.md": {"highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
                                   "solved": solved_table, "speed": speed_table, "growth": growth_table,
