@@ -104,6 +104,24 @@ def assert_equal_to_the_bit(one, other):
         assert torch.equal(x, other[name]), name
 
 
+def passes_of(network, B, learn):
+    """The order in which each pass of `learn()` shows the network its B inputs, of which the first number is their own"""
+    minibatches = []
+
+    def look(_, inputs):
+        if torch.is_grad_enabled():
+            minibatches.append(inputs[0][:, 0])
+
+    network.register_forward_pre_hook(look)
+    learn()
+    return [order.tolist() for order in torch.cat(minibatches).split(B)]
+
+
+def assert_each_pass_has_all_in_an_order_of_its_own(passes, numbers):
+    assert all(sorted(order) == sorted(numbers) for order in passes)
+    assert len(passes) == 3 and len({tuple(order) for order in [*passes, numbers]}) == 4
+
+
 @torch.no_grad()
 def assert_acts_alone(old, agent, collected):
     """The tensors of `collected()` are as `old` draws them, whatever the agent becomes, and `old` stays as it is."""

@@ -1,7 +1,10 @@
 """The mathematics of ppo_clip.py against calculations of another kind."""
 
 import copy
+import importlib
 import math
+import shutil
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +16,7 @@ from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
 import envs
+from helpers import only_run, run_here
 from oracles import Clock, assert_acts_alone, assert_equal_to_the_bit, assert_same, value
 from ppo_clip import (
     Actor, Agent, Args, Rollout, RunningNorm, as_vector, clipped_surrogate, collect, entropy, gae, log_prob, make_env,
@@ -589,6 +593,25 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
     update(agent, old, theta, torch.optim.SGD([theta], 0.1), rollout_of(agent), Args(**ONE_STEP))
     assert_equal_to_the_bit(old, agent)
     assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
+
+
+@pytest.mark.parametrize("script", ["ppo_clip", "ppo_kl"])
+def test_the_step_size_is_applied_as_it_falls(script, tmp_path):
+    tiny = "--num-envs 2 --num-steps 64 --minibatch-size 32 --update-epochs 2 --env-id CartPole-v1 --runs-dir"
+    run_of = partial(run_here, importlib.import_module(script))
+
+    def agent_after(name, *flags):
+        folder = shutil.copytree(only_run(tmp_path / "begun"), tmp_path / name)
+        assert run_of("--resume", folder, "--total-timesteps", 256, *flags)[0] == 0
+        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert checkpoint["optimizer"]["param_groups"][0]["eps"] == 1e-5  # the paper's own code's
+        return checkpoint["agent"]
+
+    assert run_of(*tiny.split(), tmp_path / "begun", "--total-timesteps", 128, "--learning-rate", 0.001)[0] == 0
+    halfway, half = agent_after("halfway"), agent_after("half", "--no-anneal-lr", "--learning-rate", 0.0005)
+    assert all(torch.equal(x, half[name]) for name, x in halfway.items())
+    whole = agent_after("whole", "--no-anneal-lr")
+    assert not torch.equal(halfway["actor.0.weight"], whole["actor.0.weight"])
 
 
 # ── Learning ────────────────────────────────────────────────────────────────────────────────────────────────

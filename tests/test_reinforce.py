@@ -13,7 +13,8 @@ from tqdm import tqdm
 import envs
 import reinforce
 from oracles import (
-    Clock, Process, agent_of, assert_acts_alone, assert_equal_to_the_bit, flat, gradient, policy, value,
+    Clock, Process, agent_of, assert_acts_alone, assert_each_pass_has_all_in_an_order_of_its_own,
+    assert_equal_to_the_bit, flat, gradient, passes_of, policy, value,
 )
 from reinforce import (
     Actor, Agent, Args, Episode, as_vector, collect, log_prob, make_env, returns_to_go, score_loss, update,
@@ -237,6 +238,15 @@ def test_the_policy_climbs_by_each_steps_score_and_weight(space, norm_returns, b
     torch.testing.assert_close(theta_of(new), theta_of(agent) + 0.1 * ascent)
     loss = -sum(policy(agent, x).log_prob(a) * w for (x, a, _), w in zip(steps, weights)) / 4
     assert metrics["losses/policy_loss"] == pytest.approx(loss.item())
+
+
+def test_each_pass_shows_the_baseline_every_step_in_an_order_of_its_own():
+    agent = agent_of(reinforce, Discrete(3))
+    episodes = [episode_of(agent, T) for T in (60, 15, 95)]
+    old, x = copy.deepcopy(agent), []
+    agent.obs_norm.register_forward_hook(lambda _, inputs, output: x.append(output[:, 0].tolist()))
+    passes = passes_of(agent.critic, 170, lambda: update_with(agent, old, episodes, baseline=True, value_epochs=3))
+    assert_each_pass_has_all_in_an_order_of_its_own(passes, x[0])
 
 
 def test_the_baseline_descends_its_squared_error_and_nothing_else_moves_it():

@@ -14,7 +14,8 @@ from tqdm import tqdm
 import ppo_clip
 import trpo
 from oracles import (
-    Clock, Process, agent_of, assert_acts_alone, assert_equal_to_the_bit, code, flat, frozen, gradient, policy, value,
+    Clock, Process, agent_of, assert_acts_alone, assert_each_pass_has_all_in_an_order_of_its_own,
+    assert_equal_to_the_bit, code, flat, frozen, gradient, passes_of, policy, value,
 )
 from trpo import (
     Actor, Args, Rollout, as_vector, ascended_dual, collect, conjugate_gradient, fit_values, gae, log_prob, make_env,
@@ -334,6 +335,20 @@ def assert_unmoved(agent, *samples, **settings):
     assert metrics["losses/backtracks"] == args_of(**settings).backtrack_iters
 
 
+@SPACES
+def test_without_a_line_search_the_whole_step_is_taken_also_where_it_would_be_shortened(space, spied):
+    shortened = 0
+    for _ in range(12):
+        agent, *samples = problem(space)
+        settings = {"kl_constraint": 1.0, "cg_damping": 0.01}
+        shortened += solved(agent, *samples, **settings)[1]["losses/backtracks"] > 0
+        new, metrics = solved(agent, *samples, **settings, line_search=False)
+        H, _, _, x = spied[-1]
+        torch.testing.assert_close(theta_of(new), theta_of(agent) + x * (2 / (x @ H @ x)).sqrt())
+        assert metrics["losses/backtracks"] == 0
+    assert shortened > 3
+
+
 @pytest.mark.parametrize("eps, tries", [(0.01, 0), (-0.01, 10)], ids=["taken", "failed"])
 def test_no_metric_of_a_search_needs_a_gradient_of_which_torch_would_warn(eps, tries):
     _, metrics = solved(*problem(Discrete(3)), kl_constraint=eps)
@@ -387,9 +402,11 @@ def penalized(agent, x, action, advantage, dual, rate, **settings):
 
 @SPACES
 @pytest.mark.parametrize("dual, eps, dual_lr", [(2.0, 0.01, 3.0), (0.5, 1e-5, 10.0), (5.0, 0.4, 10.0)])
-def test_the_price_moves_by_alpha_times_the_kl_beyond_epsilon(space, dual, eps, dual_lr):
+@pytest.mark.parametrize("size", [40, 15])
+def test_the_price_moves_by_alpha_times_the_kl_of_all_steps_beyond_epsilon(space, dual, eps, dual_lr, size):
     agent, *samples = problem(space)
-    new, metrics = penalized(agent, *samples, dual, 0.3, kl_constraint=eps, dual_lr=dual_lr, update_epochs=3)
+    settings = {"kl_constraint": eps, "dual_lr": dual_lr, "update_epochs": 3, "minibatch_size": size}
+    new, metrics = penalized(agent, *samples, dual, 0.3, **settings)
     gain, kl = gain_and_kl(agent, new, *samples)
     assert new.dual.item() == pytest.approx(dual + dual_lr * (kl.item() - eps), rel=1e-9) and kl > 1e-4
     assert metrics["losses/dual"] == new.dual
@@ -504,6 +521,23 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
     update_with(agent, old, rollout_of(agent), solver=solver, update_epochs=2)
     assert_equal_to_the_bit(old, agent)
     assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
+
+
+def test_each_pass_shows_the_critic_every_step_in_an_order_of_its_own():
+    agent, x, _, target = problem(Discrete(3))
+    phi = as_vector([*agent.critic.parameters()])
+    args, optimizer = Args(minibatch_size=15, update_epochs=3), torch.optim.SGD([phi], 0.1)
+    passes = passes_of(agent.critic, len(x), lambda: fit_values(agent, phi, optimizer, x, target, args))
+    assert_each_pass_has_all_in_an_order_of_its_own(passes, x[:, 0].tolist())
+
+
+@SPACES
+def test_each_pass_shows_the_policy_every_step_in_an_order_of_its_own(space):
+    agent, *samples = problem(space)
+    theta = as_vector(agent.policy_parameters())
+    args, optimizer = Args(solver="penalty", minibatch_size=15, update_epochs=3), torch.optim.SGD([theta], 0.1)
+    passes = passes_of(agent.actor, 40, lambda: solve_penalty(agent, theta, optimizer, *samples, args))
+    assert_each_pass_has_all_in_an_order_of_its_own(passes, samples[0][:, 0].tolist())
 
 
 def test_the_critic_descends_its_squared_error():
