@@ -550,7 +550,7 @@ def test_a_detail_beyond_the_slides_gives_its_reason(script):
 
 
 def test_the_metadata_names_what_requirements_txt_does(script):
-    requirements = set((ROOT / "requirements.txt").read_text().split())
+    requirements = set((ROOT / "requirements.txt").read_text().splitlines())
     needed = {other.name: set(metadata(other)["dependencies"]) for other in SCRIPTS}
     assert needed[script.name] <= requirements == set.union(*needed.values())
     assert re.fullmatch(r">=3\.\d+", metadata(script)["requires-python"])

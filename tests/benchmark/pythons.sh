@@ -2,7 +2,7 @@
 # Does it install and run on other Pythons? Of each that is named, in a fresh environment, with no other packages than
 # the project's own files ask for: trains with every script, stops it, goes on, and compares.
 #
-#     tests/benchmark/pythons.sh python3.10 python3.11 python3.12 python3.13
+#     tests/benchmark/pythons.sh python3.10 python3.11 python3.12 python3.13 python3.14
 cd "$(dirname "$0")/../.." || exit 1
 for python in "$@"; do
     venv=$(mktemp -d)
