@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7; python_version<'3.14'",
 #                 "mujoco==3.8.1; python_version>='3.14'", "numpy==2.2.6; python_version<'3.14'",
-#                 "numpy==2.4.6; python_version>='3.14'", "ale-py==0.12.1", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1",
-#                 "moviepy==2.2.1"]
+#                 "numpy==2.4.6; python_version>='3.14'", "ale-py==0.12.1", "tyro==1.0.17", "wandb==0.31.0",
+#                 "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
@@ -145,8 +145,9 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or an environment "
-                      "that observes a vector and takes a vector of floats or Discrete actions from 0")
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
+                      "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
+                      "Discrete actions from 0")
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
         # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
@@ -206,7 +207,7 @@ class Actor:
         self.episodic_return += reward
         self.length += 1
         self.bar.update()
-        return self.obs, reward, terminated, truncated
+        return self.obs, reward, bool(terminated), bool(truncated)
 
 
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,7 +270,9 @@ class Agent(nn.Module):
         self.lstm = nn.LSTM(H, H) if lstm else None
         self.actor = orthogonal(nn.Linear(H, A), 0.01)  # continuous: mean of a Gaussian; discrete: scores of a softmax
         self.critic = orthogonal(nn.Linear(H, 1), 1.0)
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(A))  # the same in every state
+        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
+        # 0.6: with 1 a third of the actions would be beyond their bounds.
+        self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
         # RMSProp's g, the mean square of the gradient: a buffer, to be shared and saved with the rest
         self.register_buffer("square_avg", torch.zeros(sum(parameter.numel() for parameter in self.parameters())))
 
@@ -479,7 +482,7 @@ class Run:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
                                         id=folder.name, name=folder.name, dir=folder, resume="allow")
             except wandb.Error as error:
-                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
+                raise Failure(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -523,8 +526,10 @@ class Run:
     def finish(self, step: int) -> int:
         self.save(step)
         end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
-        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        with contextlib.suppress(OSError):  # Ctrl-C ends what this is piped to as well
+            self.bar.close()
+            print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+            print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate", flush=True)
         return 128 + self.signal if self.signal else 0
 
 
@@ -574,40 +579,41 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
         workers[ours] = n, process
     started = list(workers.values())
     try:
-        with run.bar, contextlib.suppress(KeyboardInterrupt):
-            if masks:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-            while workers and not run.signal:
-                run.collecting, begun = True, time.monotonic()
-                ready = wait(workers, timeout=1)
-                run.collecting, passed = False, min(time.monotonic() - begun, 1)  # what Ctrl-Z takes doesn't count
-                for pipe in ready:
-                    try:
-                        message = pipe.recv()
-                    except (EOFError, OSError):  # closed as the process ended
-                        n, process = workers.pop(pipe)
-                        process.join(1)
-                        early = process.exitcode or shared.T.value < args.total_timesteps
-                        message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
-                    if isinstance(message, str):
-                        raise Failure(message)
-                    if message:
-                        step = max(step, message[0])  # rows of several processes come in almost, not quite, in order
-                        run.log(step, message[1])
-                for n, _ in workers.values():
-                    idle[n] = idle[n] + passed if shared.steps[n] == seen[n] else 0
-                    seen[n] = shared.steps[n]
-                    if idle[n] > args.patience:
+        with run.bar:
+            with contextlib.suppress(KeyboardInterrupt):
+                if masks:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+                while workers and not run.signal:
+                    run.collecting, begun = True, time.monotonic()
+                    ready = wait(workers, timeout=1)
+                    run.collecting, passed = False, min(time.monotonic() - begun, 1)  # what Ctrl-Z takes doesn't count
+                    for pipe in ready:
+                        try:
+                            message = pipe.recv()
+                        except (EOFError, OSError):  # closed as the process ended
+                            n, process = workers.pop(pipe)
+                            process.join(args.patience)
+                            early = process.exitcode != 0 or shared.T.value < args.total_timesteps
+                            message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
+                        if isinstance(message, str):
+                            raise Failure(message)
+                        if message:
+                            step = max(step, message[0])  # several processes' rows come in almost in order
+                            run.log(step, message[1])
+                    for n, _ in workers.values():
+                        idle[n] = idle[n] + passed if shared.steps[n] == seen[n] else 0
+                        seen[n] = shared.steps[n]
+                        if idle[n] > args.patience:
+                            run.save(shared.T.value)
+                            raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
+                    run.bar.update(min(shared.T.value, args.total_timesteps) - run.bar.n)
+                    if time.time() > run.due:
                         run.save(shared.T.value)
-                        raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
-                run.bar.update(min(shared.T.value, args.total_timesteps) - run.bar.n)
-                if time.time() > run.due:
-                    run.save(shared.T.value)
+            return run.finish(shared.T.value)
     finally:
         for _, process in started:
             process.kill()
             process.join()
-    return run.finish(shared.T.value)
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
@@ -625,8 +631,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
 
 
 def load(path: str) -> tuple[Args, Path, dict]:
-    """A run's folder or checkpoint → its settings, if not given again; its folder; the checkpoint"""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    """A run's folder or checkpoint → its settings, if not given again; the checkpoint's file; the checkpoint"""
+    file = Path(path, "checkpoint.pt" if Path(path).is_dir() else "").resolve()
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -635,7 +641,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
 
 
 def main() -> None:
@@ -649,11 +655,12 @@ def main() -> None:
         if None not in (args.resume, args.evaluate):
             raise Failure("--resume and --evaluate: choose one")
         if (path := args.resume if training else args.evaluate) is not None:
-            args, folder, checkpoint = load(path)
+            args, file, checkpoint = load(path)
+            folder = file.parent if file.name == "checkpoint.pt" else folder  # a copy is gone on with in a new folder
         step = checkpoint.get("global_step", 0)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
-        videos = folder / "videos" / (f"step-{step}" if training else "evaluation") if args.capture_video else None
+        videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         env = make_env(args.env_id, None if training else videos)  # each actor-learner makes its own
         agent = Agent(env.observation_space, env.action_space, args.lstm)
         if checkpoint:
@@ -665,10 +672,10 @@ def main() -> None:
             evaluate(agent, env, args.eval_episodes)
         env.close()
         sys.exit(train(args, agent, folder, videos, checkpoint) if training else 0)
-    except (Failure, ModuleNotFoundError, OSError) as error:
+    except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
-            raise
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
+            raise  # an environment's, not a folder's for its videos
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -135,8 +135,9 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and continuous and acted.is_bounded()):
-        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector and takes "
-                      "a vector of floats with bounds, or another script: they take other actions, too")
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector (the wrapper "
+                      "FlattenObservation makes one) and takes a vector of floats with bounds, or another script: they "
+                      "take other actions, too")
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     # [DETAIL] −1 and 1 become the ends of the environment's range.
     middle, half = acted.high / 2 + acted.low / 2, acted.high / 2 - acted.low / 2
@@ -163,7 +164,7 @@ class Actor:
         self.episodic_return += reward
         self.length += 1
         self.bar.update()
-        return self.obs, reward, terminated, truncated
+        return self.obs, reward, bool(terminated), bool(truncated)
 
 
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,7 +366,7 @@ class Run:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
                                         id=folder.name, name=folder.name, dir=folder, resume="allow")
             except wandb.Error as error:
-                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
+                raise Failure(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -409,8 +410,10 @@ class Run:
     def finish(self, step: int) -> int:
         self.save(step)
         end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
-        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        with contextlib.suppress(OSError):  # Ctrl-C ends what this is piped to as well
+            self.bar.close()
+            print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+            print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate", flush=True)
         return 128 + self.signal if self.signal else 0
 
 
@@ -441,23 +444,24 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
             run.log(step, dict(zip(METRICS[3:], torch.stack(losses).mean(0).tolist())))
             losses.clear()
 
-    with run.bar, contextlib.suppress(KeyboardInterrupt):
-        actors = [Actor(env, run.bar) for env in envs]
-        while step < end and not run.signal:
-            run.collecting = True
-            episodes = collect(acting, actors, replay, noise, step, args)
-            run.collecting = False
-            step += N
-            for episodic_return, length in episodes:
-                run.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-            if step > args.learning_starts:
-                losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args) for _ in actors]
-            if step % LOG_STEPS < N:
-                log_losses()  # before a save, as they tell whether the networks are finite
-                if time.time() > run.due:
-                    run.save(step)
-    log_losses()
-    return run.finish(step)
+    with run.bar:
+        with contextlib.suppress(KeyboardInterrupt):
+            actors = [Actor(env, run.bar) for env in envs]
+            while step < end and not run.signal:
+                run.collecting = True
+                episodes = collect(acting, actors, replay, noise, step, args)
+                run.collecting = False
+                step += N
+                for episodic_return, length in episodes:
+                    run.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+                if step > args.learning_starts:
+                    losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args) for _ in actors]
+                if step % LOG_STEPS < N:
+                    log_losses()  # before a save, as they tell whether the networks are finite
+                    if time.time() > run.due:
+                        run.save(step)
+        log_losses()
+        return run.finish(step)
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
@@ -474,8 +478,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
 
 
 def load(path: str) -> tuple[Args, Path, dict]:
-    """A run's folder or checkpoint → its settings, if not given again; its folder; the checkpoint"""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    """A run's folder or checkpoint → its settings, if not given again; the checkpoint's file; the checkpoint"""
+    file = Path(path, "checkpoint.pt" if Path(path).is_dir() else "").resolve()
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -484,7 +488,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
 
 
 def main() -> None:
@@ -498,11 +502,12 @@ def main() -> None:
         if None not in (args.resume, args.evaluate):
             raise Failure("--resume and --evaluate: choose one")
         if (path := args.resume if training else args.evaluate) is not None:
-            args, folder, checkpoint = load(path)
+            args, file, checkpoint = load(path)
+            folder = file.parent if file.name == "checkpoint.pt" else folder  # a copy is gone on with in a new folder
         step = checkpoint.get("global_step", 0)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
-        videos = folder / "videos" / (f"step-{step}" if training else "evaluation") if args.capture_video else None
+        videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)
         if checkpoint:
@@ -514,10 +519,10 @@ def main() -> None:
         for env in envs:
             env.close()
         sys.exit(code)
-    except (Failure, ModuleNotFoundError, OSError) as error:
+    except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
-            raise
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
+            raise  # an environment's, not a folder's for its videos
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -121,8 +121,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector and takes "
-                      "a vector of floats or Discrete actions from 0")
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector (the wrapper "
+                      "FlattenObservation makes one) and takes a vector of floats or Discrete actions from 0")
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
         # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
@@ -153,7 +153,7 @@ class Actor:
         self.episodic_return += reward
         self.length += 1
         self.bar.update()
-        return self.obs, reward, terminated, truncated
+        return self.obs, reward, bool(terminated), bool(truncated)
 
 
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -413,7 +413,7 @@ class Run:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
                                         id=folder.name, name=folder.name, dir=folder, resume="allow")
             except wandb.Error as error:
-                raise Failure(f"--track: {error}; log in, or set WANDB_MODE=offline")
+                raise Failure(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
         self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
@@ -457,8 +457,10 @@ class Run:
     def finish(self, step: int) -> int:
         self.save(step)
         end, mean = ", stopped early" if self.signal else "", np.mean(self.returns or [math.nan])
-        print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
-        print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate")
+        with contextlib.suppress(OSError):  # Ctrl-C ends what this is piped to as well
+            self.bar.close()
+            print(f"{step} steps{end}; return {mean:.1f} over the last {len(self.returns)} episodes")
+            print(f"saved in {self.folder}: go on with --resume, look at it with --evaluate", flush=True)
         return 128 + self.signal if self.signal else 0
 
 
@@ -479,23 +481,24 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     if not kept:  # made longer, a run begins anew: its steps are large again
         agent.beta.fill_(args.beta)
     run = Run(args, folder, checkpoint, end, agent=agent, optimizer=optimizer)
-    with run.bar, contextlib.suppress(KeyboardInterrupt):
-        actors = [Actor(env, run.bar) for env in envs]
-        while step < end and not run.signal:
-            # [DETAIL] Ever smaller steps: the last policies are then good ones, not only good on average.
-            learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"] = learning_rate
-            run.collecting = True
-            rollout = collect(old, actors, args.num_steps)
-            run.collecting = False
-            losses = update(agent, old, theta, optimizer, rollout, args)
-            for steps, episodic_return, length in rollout.episodes:
-                run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-            step += batch_size
-            run.log(step, {"charts/learning_rate": learning_rate, **losses})
-            if time.time() > run.due:
-                run.save(step)
-    return run.finish(step)
+    with run.bar:
+        with contextlib.suppress(KeyboardInterrupt):
+            actors = [Actor(env, run.bar) for env in envs]
+            while step < end and not run.signal:
+                # [DETAIL] Ever smaller steps: the last policies are then good ones, not only good on average.
+                learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
+                optimizer.param_groups[0]["lr"] = learning_rate
+                run.collecting = True
+                rollout = collect(old, actors, args.num_steps)
+                run.collecting = False
+                losses = update(agent, old, theta, optimizer, rollout, args)
+                for steps, episodic_return, length in rollout.episodes:
+                    run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+                step += batch_size
+                run.log(step, {"charts/learning_rate": learning_rate, **losses})
+                if time.time() > run.due:
+                    run.save(step)
+        return run.finish(step)
 
 
 def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
@@ -512,8 +515,8 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int) -> None:
 
 
 def load(path: str) -> tuple[Args, Path, dict]:
-    """A run's folder or checkpoint → its settings, if not given again; its folder; the checkpoint"""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    """A run's folder or checkpoint → its settings, if not given again; the checkpoint's file; the checkpoint"""
+    file = Path(path, "checkpoint.pt" if Path(path).is_dir() else "").resolve()
     try:
         damaged = zipfile.ZipFile(file).testzip()  # torch passes over the checksums
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -522,7 +525,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file.parent, checkpoint
+    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
 
 
 def main() -> None:
@@ -536,11 +539,12 @@ def main() -> None:
         if None not in (args.resume, args.evaluate):
             raise Failure("--resume and --evaluate: choose one")
         if (path := args.resume if training else args.evaluate) is not None:
-            args, folder, checkpoint = load(path)
+            args, file, checkpoint = load(path)
+            folder = file.parent if file.name == "checkpoint.pt" else folder  # a copy is gone on with in a new folder
         step = checkpoint.get("global_step", 0)
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
-        videos = folder / "videos" / (f"step-{step}" if training else "evaluation") if args.capture_video else None
+        videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)
         if checkpoint:
@@ -552,10 +556,10 @@ def main() -> None:
         for env in envs:
             env.close()
         sys.exit(code)
-    except (Failure, ModuleNotFoundError, OSError) as error:
+    except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if isinstance(error, OSError) and called & {"make_env", "reset", "step"}:  # an environment's
-            raise
+        if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
+            raise  # an environment's, not a folder's for its videos
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

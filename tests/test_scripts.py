@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -126,7 +127,7 @@ def test_a_copy_alone_in_an_empty_folder_runs(script, tmp_path):
 def test_captured_video_plays_and_needs_no_screen(script, tmp_path):
     env_id = script.environments[-2]
     folder = train(script, tmp_path, "--env-id", env_id, "--capture-video", "--total-timesteps", script.batch)
-    (path,) = folder.glob("videos/step-0/*episode-0.mp4")
+    (path,) = folder.glob("videos/*/*episode-0.mp4")
     with imageio.get_reader(path) as video:
         first, *_, last = video
     assert first.ndim == 3 and min(first.shape) > 2 and first.std() > 1  # a picture, not one colour
@@ -282,6 +283,20 @@ def test_a_run_is_left_at_once_in_the_midst_of_an_iteration_and_of_a_step_and_sa
     assert "stopped early" in out and 0 <= load(only_run(tmp_path))["global_step"] <= 600
 
 
+def test_ctrl_c_saves_also_when_it_ends_what_the_output_goes_to(script, tmp_path):
+    out, into = os.pipe()
+    command = [sys.executable, script.path, *script.tiny, *ENDLESS, "--env-id", "Pendulum-v1", "--runs-dir", tmp_path]
+    process = subprocess.Popen(command, stdout=into, stderr=into, env=environment())
+    os.close(into)
+    wait_for(lambda: list(tmp_path.glob("*/metrics.csv")) and iterations(only_run(tmp_path)), process)
+    process.send_signal(signal.SIGSTOP)  # so that it doesn't write between the two
+    os.close(out)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(300) != 0
+    assert load(only_run(tmp_path))["global_step"] >= column(only_run(tmp_path), "global_step")[-1]
+
+
 def test_an_episode_without_an_end_is_left_at_once(script, tmp_path):
     process = start(script.path, "--env-id", "envs:Endless-v0", "--runs-dir", tmp_path)
     assert process.stdout.readline().startswith("run: ")
@@ -364,6 +379,19 @@ def test_a_checkpoint_alone_is_gone_on_with_in_its_own_folder(script, main, trai
     code, _, err = main("--resume", tmp_path / "checkpoint.pt", "--total-timesteps", 3 * script.batch)
     assert (code, complaints(err)) == (0, [])
     assert len(metrics(tmp_path)) > 0 and load(tmp_path)["global_step"] > load(trained)["global_step"]
+
+
+def test_a_checkpoint_under_another_name_is_gone_on_with_in_a_new_folder(main, trained, script, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("config.json", "metrics.csv", "checkpoint.pt"):
+        (mine / name).write_text("mine")
+    shutil.copy(trained / "checkpoint.pt", mine / "best.pt")
+    before = contents(mine)
+    flags = "--total-timesteps", 3 * script.batch, "--runs-dir", tmp_path / "runs"
+    code, _, err = main("--resume", mine / "best.pt", *flags)
+    assert (code, complaints(err)) == (0, []) and contents(mine) == before
+    assert load(only_run(tmp_path / "runs"))["global_step"] > load(trained)["global_step"]
 
 
 def test_a_complete_run_goes_on_with_a_larger_total(script, main, whole, tmp_path):

@@ -28,7 +28,7 @@ def film(run: Path) -> Path:
         copy = shutil.copytree(run, Path(folder, run.name))
         command = [sys.executable, ROOT / f"{config['script']}.py", "--evaluate", copy, "--eval-episodes", "1"]
         subprocess.run([*command, "--capture-video"], check=True)
-        (video,) = copy.glob("videos/evaluation/*.mp4")
+        (video,) = copy.glob("videos/*/*.mp4")
         fps = imageio.immeta(video)["fps"]
         every = math.ceil(fps / FPS)
         frames = imageio.imread(video)[::every][: round(SECONDS * fps / every)]
