@@ -217,6 +217,19 @@ class Stuck(Counter):
         return super().step(action)
 
 
+class Held(Counter):
+    """Waits in its 200th step until there is the file $RELEASE."""
+
+    action_space = ONE
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        while self.steps == 200 and not os.path.exists(os.environ["RELEASE"]):
+            time.sleep(0.01)
+        return super().step(action)
+
+
 class Chance(Counter):
     """Draws from all generators that there are."""
 
@@ -288,8 +301,8 @@ class Spaces(Counter):
 
 
 for env in (
-    Counter, Blind, Echo, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, ArrayReward, NanReward, NanObservation, InfiniteReward,
-    InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
+    Counter, Blind, Echo, Held, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, ArrayReward, NanReward,
+    NanObservation, InfiniteReward, InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Endless-v0", Endless, max_episode_steps=1_000_000)

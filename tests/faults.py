@@ -19,7 +19,7 @@ class Death(NamedTuple):
 
 def hurried(script: Script, *flags) -> subprocess.Popen:
     """A run that saves every SECONDS."""
-    code = f"import {script.name} as script; script.CHECKPOINT_SECONDS = {SECONDS}; script.main()"
+    code = f"import {script.name} as script; script.CHECKPOINT_SECONDS = {SECONDS}; script.LOG_STEPS = 100; script.main()"
     tests = script.path.parent / "tests"
     return start("-c", code, *flags, env=environment(PYTHONPATH=f"{tests.parent}:{tests}"))
 

@@ -274,7 +274,7 @@ def test_tracking_without_an_account_says_so_and_leaves_nothing(script, runs):
     code, out, err = run(script.path, *script.tiny, "--env-id", script.environments[-1], "--track", cwd=runs.parent,
                          env=nobody)
     assert code == 2 and "Traceback" not in err and out == ""
-    assert err.splitlines()[-1].startswith("error: --track") and "WANDB_MODE=offline" in err
+    assert err.splitlines()[-1].startswith("error: --track") and "wandb login" in err
 
 
 # ── Environments ────────────────────────────────────────────────────────────────────────────────────────────

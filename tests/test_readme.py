@@ -34,10 +34,10 @@ def test_the_files_that_it_links_exist(path):
 
 
 def test_the_programs_that_it_shows_run(tmp_path):
-    curve, load, corridor = re.findall(r"```python\n(.*?)```", README, re.S)
-    (tmp_path / "mine.py").write_text(corridor)
+    curve, load, lake = re.findall(r"```python\n(.*?)```", README, re.S)
+    (tmp_path / "mine.py").write_text(lake)
     mine = environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
-    for name, env_id in {"ppo_clip": "Pendulum-v1", "reinforce": "mine:Corridor-v0"}.items():
+    for name, env_id in {"ppo_clip": "Pendulum-v1", "reinforce": "mine:Lake-v0"}.items():
         flags = "--env-id", env_id, "--total-timesteps", 2048, "--runs-dir", tmp_path / name
         code, _, err = run(ROOT / f"{name}.py", *flags, env=mine)
         assert (code, complaints(err)) == (0, [])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -11,17 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
 import returns  # noqa: E402
 
 GRID = """name,script,env_ids,seeds,flags,minutes
 short,reinforce,CartPole-v1,1,--total-timesteps 3000,
-long,ppo_clip,CartPole-v1,1 2,--total-timesteps 10240 --update-epochs 1,
+long,ppo_clip,envs:Held-v0,1,--total-timesteps 10240 --update-epochs 1,
 wrong,reinforce,CartPole-v1,1,--gamma -2,
 """
-CELLS = "short/CartPole-v1/1", "long/CartPole-v1/1", "long/CartPole-v1/2"
+CELLS = "short/CartPole-v1/1", "long/envs:Held-v0/1"
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
@@ -29,8 +28,8 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
     (folder / "grid.csv").write_text(GRID)
     command = [sys.executable, ROOT / "tests/benchmark/returns.py", "--grid", folder / "grid.csv", "--jobs", "2"]
     where = "--work", folder / "work", "--results", folder / "results"
-    log = (folder / "log").open("w")
-    return subprocess.Popen([*command, *where, *flags], stdout=log, stderr=log, start_new_session=True)
+    log, released = (folder / "log").open("w"), environment(RELEASE=str(folder / "release"))
+    return subprocess.Popen([*command, *where, *flags], stdout=log, stderr=log, start_new_session=True, env=released)
 
 
 def results(folder: Path) -> dict[str, tuple[dict, str]]:
@@ -56,6 +55,7 @@ def assert_same(found: dict, expected: dict) -> None:
 def expected(tmp_path_factory):
     """The results of a grid that ran undisturbed on this machine."""
     folder = tmp_path_factory.mktemp("local")
+    (folder / "release").touch()
     assert start(folder).wait(300) == 0, (folder / "log").read_text()
     return folder
 
@@ -65,7 +65,7 @@ def test_every_cell_has_a_result_and_one_that_failed_a_log(expected):
     for about, rows in results(expected).values():
         assert about["steps"] >= 2048 and not about["resumed"] and "evaluated" in about and about["episodes"] > 10
         assert sum(int(row.split(",")[3]) for row in rows.splitlines()[1:]) == about["episodes"]
-        assert 0 < about["medians"]["losses/entropy"] < math.log(2)
+        assert 0 < about["medians"]["losses/entropy"]
     assert "--gamma can't be -2" in (expected / "work/wrong/CartPole-v1/1/log").read_text()
     assert "wrong CartPole-v1 1 failed" in (expected / "log").read_text()
 
@@ -99,6 +99,7 @@ def test_a_grid_that_is_stopped_goes_on_to_its_end(kill, expected, tmp_path):
     wait_for_training(tmp_path)
     kill(stopped.pid, signal.SIGKILL)
     stopped.wait()
+    (tmp_path / "release").touch()
     assert results(tmp_path).keys() < set(CELLS)
     assert start(tmp_path).wait(300) == 0
     assert_same(results(tmp_path), results(expected))
@@ -113,6 +114,7 @@ def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expecte
     worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(")")[2].split()[1])
     assert "ray::run" in Path(f"/proc/{worker}/cmdline").read_text()
     os.kill(worker, signal.SIGKILL)
+    (tmp_path / "release").touch()
     assert grid.wait(300) == 0, (tmp_path / "log").read_text()
     assert_same(results(tmp_path), results(expected))
     assert "--gamma can't be -2" in (tmp_path / "work/wrong/CartPole-v1/1/log").read_text()
