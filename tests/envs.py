@@ -302,7 +302,8 @@ class Spaces(Counter):
 
 for env in (
     Counter, Blind, Echo, Held, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, ArrayReward, NanReward,
-    NanObservation, InfiniteReward, InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward, Misshapen, Rich, Momentary, Warning, Stuck,
+    NanObservation, InfiniteReward, InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward,
+    Misshapen, Rich, Momentary, Warning, Stuck,
 ):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Endless-v0", Endless, max_episode_steps=1_000_000)

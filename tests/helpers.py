@@ -105,7 +105,7 @@ SCRIPTS = [
     ),
 ]
 # It takes seconds, and is the same text in every script.
-TRACKING = pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name in ("a3c", "ppo_clip")],
+TRACKING = pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name == "ppo_clip"],
                                    ids=lambda script: script.name, indirect=True)
 
 

@@ -23,17 +23,15 @@ def assert_goes_on(script, folder, main):
     if script.row_per_batch:
         assert ends == list(range(script.batch, total + 1, script.batch))
     lengths = sum(int(row["charts/episodic_length"]) for row in rows if row["charts/episodic_length"])
-    assert total - 3 * 2 * 200 <= lengths <= steps[-1]  # three times two actors begin new episodes of 200 steps
+    assert total - 2 * 2 * 200 <= lengths <= steps[-1]  # two times two actors begin new episodes of 200 steps
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == steps[-1]
     assert sorted(contents(folder)) == ["checkpoint.pt", "config.json", "metrics.csv"]
 
 
 # ── Ends ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def test_a_run_that_is_killed_twice_goes_on_without_a_gap(script, main, tmp_path):
-    first = kill(script, tmp_path, *script.tiny, *TASK, "--runs-dir", tmp_path, seed=1)
-    second = kill(script, tmp_path, "--resume", only_run(tmp_path), seed=2)
-    assert 0 < first.step < second.step
+def test_a_run_that_is_killed_goes_on_without_a_gap(script, main, tmp_path):
+    assert kill(script, tmp_path, *script.tiny, *TASK, "--runs-dir", tmp_path, seed=1).step > 0
     assert_goes_on(script, only_run(tmp_path), main)
 
 

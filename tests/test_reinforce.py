@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 import envs
 import reinforce
+from helpers import ENDLESS, ROOT, finish, only_run, start, wait_for_steps
 from oracles import (
     Clock, Process, agent_of, assert_acts_alone, assert_each_pass_has_all_in_an_order_of_its_own,
     assert_equal_to_the_bit, flat, gradient, passes_of, policy, value,
@@ -313,3 +315,10 @@ def test_an_update_adds_the_observations_to_the_statistics():
     new, _ = updated(agent, episodes)
     agent.obs_norm.update(torch.cat([episode.obs for episode in episodes]))
     assert torch.equal(new.obs_norm.mean, agent.obs_norm.mean) and new.obs_norm.count == 50 + 21
+
+
+def test_an_episode_without_an_end_is_left_at_once_and_saved(tmp_path):
+    process = start(ROOT / "reinforce.py", "--env-id", "envs:Endless-v0", *ENDLESS, "--runs-dir", tmp_path)
+    wait_for_steps(process)
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 130 and (only_run(tmp_path) / "checkpoint.pt").is_file()

@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from functools import partial
 from importlib.metadata import version
@@ -78,9 +77,9 @@ def whole(script, module, task, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stopped(script, task, tmp_path_factory):
+def stopped(script, tmp_path_factory):
     """A run that was stopped by Ctrl-C: its folder, exit code"""
-    return interrupt(script, tmp_path_factory.mktemp("stopped"), *task)
+    return interrupt(script, tmp_path_factory.mktemp("stopped"), "--env-id", script.environments[-1])
 
 
 # ── Running ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +218,7 @@ def test_an_evaluation_plays_no_episode_that_training_began_with(launched, scrip
 
 # ── What a run shows ────────────────────────────────────────────────────────────────────────────────────────
 
-def test_the_folder_is_named_at_the_start_and_the_bar_moves_within_an_iteration_and_ends_at_its_end(script, tmp_path):
+def test_in_the_midst_of_an_iteration_the_bar_moves_and_a_run_is_left_at_once_even_in_a_step_and_saves(script, tmp_path):
     flags = "--env-id", "envs:Stuck-v0", "--runs-dir", tmp_path
     process = start(script.path, *flags, *ENDLESS, *("--num-workers 1".split() * (script.name == "a3c")))
     assert process.stdout.readline() == f"run: {only_run(tmp_path)}\n"
@@ -227,7 +226,9 @@ def test_the_folder_is_named_at_the_start_and_the_bar_moves_within_an_iteration_
     if script.name == "a3c":  # whose bar is another process's
         wait_for_steps(process)
     process.send_signal(signal.SIGTERM)
-    _, _, err = finish(process)
+    code, out, err = finish(process)
+    assert code == 128 + signal.SIGTERM and "stopped early" in out and "Traceback" not in err
+    assert 0 <= load(only_run(tmp_path))["global_step"] <= 8 * 300
     assert any(int(steps) % 2048 for steps in re.findall(r"(\d+)/\d+ \[", err))
 
 
@@ -275,15 +276,6 @@ def test_a_run_that_is_terminated_saves_and_closes_its_environments(script, tmp_
     assert len([*closed.iterdir()]) == {"ddpg": 1, "a3c": 1}.get(script.name, 2)  # a3c: that which was tried before
 
 
-def test_a_run_is_left_at_once_in_the_midst_of_an_iteration_and_of_a_step_and_saves(script, tmp_path):
-    process = start(script.path, *script.tiny, "--env-id", "envs:Stuck-v0", "--runs-dir", tmp_path)
-    assert [process.stdout.readline() for _ in range(2)][-1] == "stuck\n"
-    process.send_signal(signal.SIGTERM)
-    code, out, err = finish(process)
-    assert (code, complaints(err)) == (128 + signal.SIGTERM, [])
-    assert "stopped early" in out and 0 <= load(only_run(tmp_path))["global_step"] <= 600
-
-
 def test_ctrl_c_saves_also_when_it_ends_what_the_output_goes_to(script, tmp_path):
     out, into = os.pipe()
     command = [sys.executable, script.path, *script.tiny, *ENDLESS, "--env-id", "Pendulum-v1", "--runs-dir", tmp_path]
@@ -296,15 +288,6 @@ def test_ctrl_c_saves_also_when_it_ends_what_the_output_goes_to(script, tmp_path
     process.send_signal(signal.SIGCONT)
     assert process.wait(300) != 0
     assert load(only_run(tmp_path))["global_step"] >= column(only_run(tmp_path), "global_step")[-1]
-
-
-def test_an_episode_without_an_end_is_left_at_once(script, tmp_path):
-    process = start(script.path, "--env-id", "envs:Endless-v0", "--runs-dir", tmp_path)
-    assert process.stdout.readline().startswith("run: ")
-    wait_for_steps(process)
-    process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == 130
-    assert load(only_run(tmp_path))["script"] == script.name
 
 
 def test_an_actor_keeps_nothing_of_the_steps_that_it_took(module):
