@@ -41,7 +41,7 @@ CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
 STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
               "reinforce_lr_0.1": "REINFORCE, α = 0.1", "trpo": "TRPO, ε = 0.01",
               "trpo_0.5": "TRPO, ε = 0.5", "npg_0.5": "natural gradient, ε = 0.5", "ppo_clip": "PPO"}
-WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c": "2 actor-learners"}
+WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c_2_workers": "2 actor-learners"}
 DDPG_BATCHES = {"ddpg": 64, "ddpg_batch_256": 256}
 PONG = {"a3c": "feed-forward", "a3c_lstm": "LSTM"}
 PEERS = {"ppo_clip": "SB3 PPO", "ppo_kl": "SB3 PPO", "trpo": "SB3 TRPO", "a3c --num-workers 1": "SB3 A2C, 2 actors",
