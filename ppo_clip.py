@@ -503,15 +503,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # matrices this small take longer when they are shared out
     try:
-        args, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), {}
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
-        folder, training = Path(args.runs_dir, name.replace("/", "-").replace(":", "-")), args.evaluate is None
+        args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
+        training = args.evaluate is None
         if None not in (args.resume, args.evaluate):
             raise Failure("--resume and --evaluate: choose one")
         if (path := args.resume if training else args.evaluate) is not None:
             args, file, checkpoint = load(path)
-            folder = file.parent if file.name == "checkpoint.pt" else folder  # a copy is gone on with in a new folder
-        step = checkpoint.get("global_step", 0)
+        step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
+        folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+        if file.name == "checkpoint.pt":  # a copy under another name is gone on with in a new folder
+            folder = file.parent
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None

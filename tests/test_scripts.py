@@ -375,6 +375,7 @@ def test_a_checkpoint_under_another_name_is_gone_on_with_in_a_new_folder(main, t
     flags = "--total-timesteps", 3 * script.batch, "--runs-dir", tmp_path / "runs"
     code, _, err = main("--resume", mine / "best.pt", *flags)
     assert (code, complaints(err)) == (0, []) and contents(mine) == before
+    assert only_run(tmp_path / "runs").name.startswith(f"{script.environments[-1]}__{script.name}__1__")
     assert load(only_run(tmp_path / "runs"))["global_step"] > load(trained)["global_step"]
 
 
