@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
 
-    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 2 minutes: return about 1600
+    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 3 minutes: return about 1400
     python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000    # 30 seconds: return about 500
     python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --lstm --ent-coef 0.01 --total-timesteps 10000000
                                                                         # from −20 to about 0 in the first hour
@@ -48,7 +48,8 @@ Symbols     variable            shape     meaning, with k = t − t_start steps 
     R       returns             (k,)      what followed s_i: rewards to the segment's end, then V
     V       values              (k+1,)    critic's estimate of the return from s_i
     θ, θ_v  shared.theta        (P,)      parameters of policy and value function, a vector in shared memory
-    θ',θ'_v theta               (P,)      the actor-learner's own copy; its gradient holds −dθ and dθ_v
+    θ',θ'_v theta               (P,)      the actor-learner's own copy
+    dθ,dθ_v gradient            (P,)      −dθ and dθ_v: downhill for both
     T, t    shared.T, t                   steps of all actor-learners, and of one
     T_max   total_timesteps
 
@@ -251,7 +252,7 @@ Memory = tuple[Tensor, Tensor] | None  # of an LSTM, (h, c) of (1,H) each; None 
 
 
 class Agent(nn.Module):
-    """Policy π(a|s;θ) and value function V(s;θ_v) on a common body, and the running statistics of what they see."""
+    """Policy π(a|s;θ) and value function V(s;θ_v) on a common body; running statistics of observations and returns."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space, lstm: bool = False):
         super().__init__()
@@ -295,14 +296,11 @@ class Agent(nn.Module):
         return output.argmax(-1) if self.discrete else output, memory
 
 
-def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
-    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    nn.utils.vector_to_parameters(theta.data, parameters)
-    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = grad.view_as(parameter)
+def as_vector(parameters: list[nn.Parameter]) -> Tensor:
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
+    by the number, and this is one tensor, not a dozen."""
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(theta, parameters)
     return theta
 
 
@@ -370,16 +368,17 @@ Shared = namedtuple("Shared", "agent theta T steps lock")
 def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args) -> Iterator[tuple]:
     """Algorithm S3 from top to bottom, as the n-th process runs it. Yields after each segment T, (return, length) of an
     episode that ended or None, the step size, and per step the losses of policy and value function and the entropy."""
-    device, theta, memory = agent.critic.weight.device, as_vector([*agent.parameters()]), None
+    device, parameters, memory = agent.critic.weight.device, [*agent.parameters()], None
+    theta = as_vector(parameters)
     agent.obs_norm, agent.value_norm = shared.agent.obs_norm, shared.agent.value_norm
     # [A3C-1] initialise own step counter t ← 1
     t = 1
     # [A3C-2] repeat
     while True:
         # [A3C-3] reset gradients dθ ← 0, dθ_v ← 0
-        theta.grad.zero_()
+        gradient = torch.zeros_like(theta)
         # [A3C-4] synchronise own parameters θ' = θ, θ'_v = θ_v
-        theta.data.copy_(shared.theta)
+        theta.copy_(shared.theta)
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
         with torch.no_grad():  # [DETAIL] Drawn for the whole segment: as many draws of one step take longer.
@@ -429,17 +428,18 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         value_loss = squared_error(values[:-1], target)
         # [DETAIL] The paper's bonus for entropy keeps the policy from settling too early.
         bonus = entropy(output, agent.log_std)
-        (policy_loss + value_loss - args.ent_coef * len(actions) * bonus).backward()
+        loss = policy_loss + value_loss - args.ent_coef * len(actions) * bonus
+        gradient += nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters))
         # [A3C-18] end for
-        norm = theta.grad.norm()
-        theta.grad *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no leap on an odd segment
+        norm = gradient.norm()
+        gradient *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no leap on an odd segment
         if not norm.isfinite():
             raise Failure(f"step {T} has a gradient that isn't finite: lower learning rates, or mend the environment")
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
         # [DETAIL] Ever smaller steps, as in the paper: the last policies are then good ones, not only good on average.
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
         square_avg = shared.agent.square_avg
-        rmsprop_(shared.theta, square_avg, theta.grad.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
+        rmsprop_(shared.theta, square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
         with shared.lock:  # units of what all networks see from now on; others' updates too come at any time
             agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
@@ -464,7 +464,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts):
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
@@ -564,7 +564,7 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
     step = checkpoint.get("global_step", 0)
     if step >= args.total_timesteps:
         raise Failure(f"--total-timesteps: go beyond step {step}")
-    theta, context, N = as_vector([*agent.parameters()]).data, mp.get_context("spawn"), args.num_workers
+    theta, context, N = as_vector([*agent.parameters()]), mp.get_context("spawn"), args.num_workers
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=agent)
     workers, seen, idle, stops = {}, [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)

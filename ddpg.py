@@ -70,6 +70,7 @@ import traceback
 import warnings
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,17 +91,18 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector; continuous (Box) actions with bounds
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
-    num_envs: int = 1  # actors, each with an environment of its own; as many gradients follow a step of all
+    num_envs: int = 1  # N: actors, each with an environment of its own; as many gradients follow a step of all
     buffer_size: int = 1_000_000  # transitions that R keeps: Hopper-v4's million take 108 MB, and as much on the disk
-    batch_size: int = 64  # N: transitions per gradient
-    learning_starts: int = 10_000  # steps of random actions; after the next step the gradients begin
+    batch_size: int = 64  # B, the slide's N: transitions per gradient
+    learning_starts: int = 10_000  # steps of random actions; beyond them the gradients begin
     actor_lr: float = 1e-3  # Adam's step size for μ
     critic_lr: float = 1e-3  # Adam's step size for Q
     tau: float = 0.005  # τ: share of the way that the targets go to the networks at each step
     noise: Literal["gaussian", "ou"] = "gaussian"  # N_t: independent, or the paper's Ornstein-Uhlenbeck process
-    noise_std: float = 0.1  # σ of the noise; actions range from -1 to 1
+    noise_std: float = 0.1  # σ of the noise, with ou of what each step adds to it; actions range from -1 to 1
     ou_theta: float = 0.15  # share of the Ornstein-Uhlenbeck process that decays at each step
     gamma: float = 0.99  # γ: discount per step
+    compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -196,14 +198,11 @@ class Agent(nn.Module):
         return (self.actor(obs) + noise).clamp(-1, 1)
 
 
-def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
-    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    nn.utils.vector_to_parameters(theta.data, parameters)
-    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = grad.view_as(parameter)
+def as_vector(parameters: list[nn.Parameter]) -> Tensor:
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
+    by the number, and this is one tensor, not a dozen."""
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(theta, parameters)
     return theta
 
 
@@ -226,14 +225,14 @@ def action_gradient(value: Tensor, action: Tensor) -> Tensor:
     """1/N ∇_a Q(s,a) of DDPG-12 (paper, eq. 6);   value Q (B,), action (B,A) → (B,A)
 
     Divided by N already, so that back-propagation's sum over the minibatch is the mean."""
-    # [DPG-THM] its factor ∇_a Q, of the action alone: Q's parameters get no gradient
+    # ∇ of the action alone: Q's parameters get none
     (gradient,) = torch.autograd.grad(value.mean(), action)
     return gradient
 
 
 def soft_update(target: Tensor, source: Tensor, tau: float) -> Tensor:
     """θ' ← τ θ + (1−τ) θ' (DDPG-13);   target θ', source θ (P,) → (P,)"""
-    return target.lerp(source, tau)  # θ' + τ (θ − θ'), in one pass over the numbers
+    return target.lerp(source, tau)  # θ' + τ (θ − θ')
 
 
 def ornstein_uhlenbeck(noise: Tensor, normal: Tensor, theta: float, sigma: float) -> Tensor:
@@ -304,34 +303,57 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def update(agent: Agent, vectors: tuple[nn.Parameter, ...], actor_optimizer: torch.optim.Optimizer,
-           critic_optimizer: torch.optim.Optimizer, replay: Replay, args: Args) -> Tensor:
-    """One gradient step of critic and actor; returns their losses and the mean of Q."""
-    theta_mu, theta_q, target_mu, target_q, acting_mu = vectors
-    # [DDPG-9] sample a minibatch of N transitions from R
-    obs, action, reward, next_obs, terminated = replay.sample(args.batch_size)
+def compiled(function: Callable) -> Callable:
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
+    work."""
+    torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    except RuntimeError:
+        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+    return torch.compile(function, fullgraph=True)
+
+
+def critic_gradient(agent: Agent, args: Args, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor,
+                    terminated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """∇ of a minibatch's L by θ^Q (P,); L; the mean of Q"""
     # [DDPG-10] y_i = r_i + γ Q'(s_{i+1}, μ'(s_{i+1}|θ^μ')|θ^Q')
     with torch.no_grad():
         target = td_target(reward, agent.target_critic(next_obs, agent.target_actor(next_obs)), terminated, args.gamma)
-    # [DDPG-11] critic: minimise L = 1/N Σ_i (y_i − Q(s_i,a_i|θ^Q))²
     value = agent.critic(obs, action)
     loss = critic_loss(value, target)
-    theta_q.grad.zero_()
-    loss.backward()
+    gradients = torch.autograd.grad(loss, [*agent.critic.parameters()])
+    return nn.utils.parameters_to_vector(gradients), loss.detach(), value.detach().mean()
+
+
+def actor_gradient(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """−∇ of a minibatch's J by θ^μ (P,), as Adam descends; the mean of −Q(s,μ(s))"""
+    best = agent.actor(obs)
+    value = agent.critic(obs, best)
+    # [DPG-THM] ∇_θ μ_θ(s) ∇_a Q(s,a): the chain rule
+    gradients = torch.autograd.grad(best, [*agent.actor.parameters()], -action_gradient(value, best))
+    return nn.utils.parameters_to_vector(gradients), -value.detach().mean()
+
+
+def update(agent: Agent, vectors: tuple[Tensor, ...], actor_optimizer: torch.optim.Optimizer,
+           critic_optimizer: torch.optim.Optimizer, replay: Replay, args: Args,
+           of_critic: Callable = critic_gradient, of_actor: Callable = actor_gradient) -> Tensor:
+    """One gradient step of critic and actor; returns their losses and the mean of Q."""
+    theta_mu, theta_q, target_mu, target_q, acting_mu = vectors
+    # [DDPG-9] sample a minibatch of N transitions from R
+    obs, *others = replay.sample(args.batch_size)
+    # [DDPG-11] critic: minimise L = 1/N Σ_i (y_i − Q(s_i,a_i|θ^Q))²
+    theta_q.grad, loss, value = of_critic(agent, args, obs, *others)
     critic_optimizer.step()
     # [DDPG-12] actor: ∇_θ^μ J ≈ 1/N Σ_i ∇_a Q(s,a|θ^Q)|_{s_i, μ(s_i)} ∇_θ^μ μ(s|θ^μ)|_{s_i}
-    best = agent.actor(obs)
-    best_value = agent.critic(obs, best)
-    theta_mu.grad.zero_()
-    best.backward(-action_gradient(best_value, best))  # the chain rule: from ∇_a Q on to θ^μ, uphill
+    theta_mu.grad, policy_loss = of_actor(agent, obs)
     actor_optimizer.step()
     # [DDPG-13] θ^Q' ← τ θ^Q + (1−τ) θ^Q';  θ^μ' ← τ θ^μ + (1−τ) θ^μ'
-    with torch.no_grad():
-        target_q.copy_(soft_update(target_q, theta_q, args.tau))
-        target_mu.copy_(soft_update(target_mu, theta_mu, args.tau))
-        acting_mu.copy_(theta_mu)
+    target_q.copy_(soft_update(target_q, theta_q, args.tau))
+    target_mu.copy_(soft_update(target_mu, theta_mu, args.tau))
+    acting_mu.copy_(theta_mu)
     # [DDPG-14] end for: train goes on with the next step
-    return torch.stack([-best_value.mean(), loss, value.mean()]).detach()
+    return torch.stack([policy_loss, loss, value])
 
 
 # ══ The slides end here. Below: repeating it all, saving, evaluating, the command line ════════════════════════════
@@ -348,7 +370,7 @@ CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the repl
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts):
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
@@ -437,6 +459,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
         if checkpoint:
             part.load_state_dict(checkpoint[name])
     actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.actor_lr, args.critic_lr
+    gradients = [compiled(f) if args.compile else f for f in (critic_gradient, actor_gradient)]
     run = Run(args, folder, checkpoint, end, agent=agent, **parts)
 
     def log_losses() -> None:
@@ -455,7 +478,8 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 for episodic_return, length in episodes:
                     run.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
                 if step > args.learning_starts:
-                    losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args) for _ in actors]
+                    losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args, *gradients)
+                               for _ in actors]
                 if step % LOG_STEPS < N:
                     log_losses()  # before a save, as they tell whether the networks are finite
                     if time.time() > run.due:

@@ -54,6 +54,7 @@ import traceback
 import warnings
 import zipfile
 from collections import deque, namedtuple
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class Args:
     d_targ: float = 0.01  # KL per iteration, in nats, that β is adapted to
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
     max_grad_norm: float = 0.5  # a longer gradient is shortened to this length; inf: never
+    compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -196,7 +198,7 @@ class RunningNorm(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy πθ(a|s), value function V(s), and the running statistics of what the two see."""
+    """Policy πθ(a|s), value function V(s), and the running statistics of observations and returns."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
         super().__init__()
@@ -223,14 +225,11 @@ class Agent(nn.Module):
         return output.argmax(-1) if self.discrete else output
 
 
-def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
-    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    nn.utils.vector_to_parameters(theta.data, parameters)
-    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = grad.view_as(parameter)
+def as_vector(parameters: list[nn.Parameter]) -> Tensor:
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
+    by the number, and this is one tensor, not a dozen."""
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(theta, parameters)
     return theta
 
 
@@ -322,21 +321,50 @@ def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, rollout: Rollout,
-           args: Args) -> dict[str, float]:
-    """One iteration's learning, from a rollout to the mean losses of its minibatches."""
+def compiled(function: Callable) -> Callable:
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
+    work."""
+    torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    except RuntimeError:
+        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+    return torch.compile(function, fullgraph=True)
+
+
+def minibatch_gradient(agent: Agent, args: Args, old_log_std: Tensor | None, x: Tensor, action: Tensor,
+                       old_log_prob: Tensor, old_output: Tensor, advantage: Tensor, target: Tensor,
+                       ) -> tuple[Tensor, Tensor]:
+    """∇_θ of a minibatch's loss, at most max_grad_norm long (P,); the losses of policy and value function (2,)"""
+    output = agent.actor(x)
+    ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()  # r_t(θ)
+    kl = kl_divergence(old_output, old_log_std, output, agent.log_std)
+    policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()
+    value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
+    # [DETAIL] One step for both networks, and a bonus for entropy (paper, eq. 9 with c1 = ¼).
+    loss = policy_loss + 0.5 * value_loss
+    if args.ent_coef:
+        loss = loss - args.ent_coef * entropy(output, agent.log_std)
+    gradient = nn.utils.parameters_to_vector(torch.autograd.grad(loss, [*agent.parameters()]))
+    gradient = gradient * (args.max_grad_norm / gradient.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
+    return gradient, torch.stack([policy_loss, value_loss]).detach()
+
+
+def update(agent: Agent, old: Agent, theta: Tensor, optimizer: torch.optim.Optimizer, rollout: Rollout,
+           args: Args, gradient: Callable = minibatch_gradient) -> dict[str, float]:
+    """One iteration's learning, from a rollout to its metrics."""
     obs, actions, rewards, next_obs, terminated, truncated = (x.to(theta.device) for x in rollout[:6])
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: π_θold below sees these statistics too, a little newer than those that the actors acted by.
+    # The price: π_θold below sees these statistics too, newer than those that the actors acted by (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
     with torch.no_grad():
-        # [PPO-2] compute Â_t for every step
         x, next_x = agent.obs_norm(obs), agent.obs_norm(next_obs)
         values, next_values = (agent.value_norm.inverse(agent.critic(y).squeeze(-1)) for y in (x, next_x))
+        # [PPO-2] compute Â_t for every step
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
-        # [DETAIL] Â of mean 0 and variance 1 makes one learning rate fit environments with any size of reward.
+        # [DETAIL] Â of mean 0 and variance 1: one price of other terms, and one limit, then fit any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)  # of π_θold, before θ moves
         old_log_probs = log_prob(old_output, old_log_std, actions)
@@ -346,22 +374,10 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, optimizer: torch.optim
     losses = []
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch[0]))
-        minibatches = zip(*(y[shuffled].split(args.minibatch_size) for y in batch))
-        for mb_x, action, old_log_prob, mb_old, advantage, target in minibatches:
-            output = agent.actor(mb_x)
-            ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()  # r_t(θ)
-            kl = kl_divergence(mb_old, old_log_std, output, agent.log_std)
-            policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()
-            value_loss = 0.5 * (agent.critic(mb_x).squeeze(-1) - target).square().mean()
-            # [DETAIL] One step for both networks, and a bonus for entropy (paper, eq. 9).
-            loss = policy_loss + 0.5 * value_loss
-            if args.ent_coef:
-                loss = loss - args.ent_coef * entropy(output, agent.log_std)
-            theta.grad.zero_()
-            loss.backward()
-            theta.grad *= (args.max_grad_norm / theta.grad.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
+        for minibatch in zip(*(y[shuffled].split(args.minibatch_size) for y in batch)):
+            theta.grad, loss = gradient(agent, args, old_log_std, *minibatch)
             optimizer.step()
-            losses.append(torch.stack([policy_loss, value_loss]).detach())
+            losses.append(loss)
 
     with torch.no_grad():
         output = agent.actor(x)
@@ -395,7 +411,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts):
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
@@ -480,6 +496,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     kept = checkpoint and all(getattr(args, name) == checkpoint["args"][name] for name in ("beta", "total_timesteps"))
     if not kept:  # made longer, a run begins anew: its steps are large again
         agent.beta.fill_(args.beta)
+    gradient = compiled(minibatch_gradient) if args.compile else minibatch_gradient
     run = Run(args, folder, checkpoint, end, agent=agent, optimizer=optimizer)
     with run.bar:
         with contextlib.suppress(KeyboardInterrupt):
@@ -491,7 +508,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 run.collecting = True
                 rollout = collect(old, actors, args.num_steps)
                 run.collecting = False
-                losses = update(agent, old, theta, optimizer, rollout, args)
+                losses = update(agent, old, theta, optimizer, rollout, args, gradient)
                 for steps, episodic_return, length in rollout.episodes:
                     run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
                 step += batch_size

@@ -199,7 +199,7 @@ class RunningNorm(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy πθ(a|s), value function V(s), and the running statistics of what the two see."""
+    """Policy πθ(a|s), value function V(s), and the running statistics of observations and returns."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
         super().__init__()
@@ -229,14 +229,11 @@ class Agent(nn.Module):
         return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
 
 
-def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
-    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    nn.utils.vector_to_parameters(theta.data, parameters)
-    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = grad.view_as(parameter)
+def as_vector(parameters: list[nn.Parameter]) -> Tensor:
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
+    by the number, and this is one tensor, not a dozen."""
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(theta, parameters)
     return theta
 
 
@@ -309,12 +306,12 @@ def collect(acting: Agent, actors: list[Actor], limit: int) -> tuple[list[Episod
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimizer: torch.optim.Optimizer,
+def update(agent: Agent, acting: Agent, theta: Tensor, phi: Tensor, policy_optimizer: torch.optim.Optimizer,
            value_optimizer: torch.optim.Optimizer, episodes: list[Episode], args: Args) -> dict[str, float]:
     """What is learned from N episodes."""
     obs, actions = (torch.cat([episode[i] for episode in episodes]).to(theta.device) for i in (0, 1))
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: πθ below sees these statistics too, a little newer than those that the actors acted by.
+    # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
     agent.obs_norm.update(obs)
     with torch.no_grad():
         x = agent.obs_norm(obs)
@@ -324,14 +321,13 @@ def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, 
             values = agent.value_norm.inverse(agent.critic(x).squeeze(-1))
             weights = returns - values  # [A2C-ADV]
         if args.norm_returns:
-            # [DETAIL] Returns of one sign push all actions the same way, and their size would decide the step's.
+            # [DETAIL] Returns of one sign push all actions the same way, and as they grow, so would the steps.
             weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     # [RF-3] for t = 1 to T do: all t of all episodes at once
     # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
     output = agent.actor(x)
     policy_loss = score_loss(log_prob(output, agent.log_std, actions), weights, len(episodes))
-    theta.grad.zero_()
-    policy_loss.backward()
+    theta.grad = nn.utils.parameters_to_vector(torch.autograd.grad(policy_loss, agent.policy_parameters()))
     policy_optimizer.step()
     # [RF-5] end for
     metrics = {"losses/policy_loss": policy_loss, "losses/entropy": entropy(output, agent.log_std)}
@@ -342,8 +338,7 @@ def update(agent: Agent, acting: Agent, theta: nn.Parameter, phi: nn.Parameter, 
         for _ in range(args.value_epochs):
             for mb in torch.randperm(len(x)).split(64):
                 value_loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - targets[mb]).square().mean()
-                phi.grad.zero_()
-                value_loss.backward()
+                phi.grad = nn.utils.parameters_to_vector(torch.autograd.grad(value_loss, [*agent.critic.parameters()]))
                 value_optimizer.step()
                 losses.append(value_loss.detach())
         explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
@@ -365,7 +360,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts):
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,9 @@ Symbols     variable            shape     meaning
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
     A^πθ    advantages          (T,N)     how much better a_t was than the policy's average action
     θ, φ    theta, phi          (P,)      parameters of the policy and of the value function, a vector each
-    β x     step                (P,)      the natural gradient, as long as the trust region allows
-    α^i     backtrack                     what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
+    x       natural             (P,)      H⁻¹ g, the natural gradient. In the code, x is a normalised observation
+    β x     step                (P,)      as long as the trust region allows
+    α^i     backtrack_coef**i             what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
     λ       agent.dual                    price of the KL, in --solver penalty
     N, T, γ, ε                            settings: see Args. λ of the advantage (not on the slides) is gae_lambda
 
@@ -105,10 +106,11 @@ class Args:
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
     value_lr: float = 1e-3  # Adam's step size for the value function
-    minibatch_size: int = 128  # steps per gradient of the value function, or of --solver penalty
-    update_epochs: int = 20  # passes over the N·T steps that fit the value function, or of --solver penalty
+    minibatch_size: int = 128  # steps per gradient of the value function, and of --solver penalty
+    update_epochs: int = 20  # passes over the N·T steps, of the value function and of --solver penalty
     gamma: float = 0.99  # γ: discount per step
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the return minus V, 0 the one-step TD error
+    compile: bool = False  # compile the value function's gradient: pays after some 200,000 steps; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -219,7 +221,7 @@ class RunningNorm(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy πθ(a|s), value function V(s), and the running statistics of what the two see."""
+    """Policy πθ(a|s), value function V(s), and the running statistics of observations and returns."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
         super().__init__()
@@ -249,14 +251,11 @@ class Agent(nn.Module):
         return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
 
 
-def as_vector(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """[DETAIL] θ: one vector, of which the parameters become views, and their gradients views of its gradient. An
-    optimiser's step costs by the tensor rather than by the number, and this is one tensor, not a dozen."""
-    theta = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    theta.grad = torch.zeros_like(theta)
-    nn.utils.vector_to_parameters(theta.data, parameters)
-    for parameter, grad in zip(parameters, theta.grad.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = grad.view_as(parameter)
+def as_vector(parameters: list[nn.Parameter]) -> Tensor:
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
+    by the number, and this is one tensor, not a dozen."""
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(theta, parameters)
     return theta
 
 
@@ -360,19 +359,36 @@ def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict:
-    """The step that improves the surrogate most inside the trust region."""
-    parameters = agent.policy_parameters()
-    with torch.no_grad():  # πθ, while the agent becomes πθ'
+def compiled(function: Callable) -> Callable:
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
+    work."""
+    torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    except RuntimeError:
+        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+    return torch.compile(function, fullgraph=True)
+
+
+def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor) -> Callable:
+    """Of the πθ' that the agent becomes with the πθ that it is now, on all steps or a minibatch: objective and KL"""
+    with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
 
-    def objective_and_kl() -> tuple[Tensor, Tensor]:
-        output = agent.actor(x)
-        ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()
-        kl = kl_divergence(output, agent.log_std, old_output, old_log_std)
+    def objective_and_kl(mb: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+        output = agent.actor(x[mb])
+        ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
+        kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std)
         # [TRPO-OBJ] what θ' shall maximise; [TRPO-KL] what shall stay below ε
-        return surrogate(ratio, advantage), kl.mean()
+        return surrogate(ratio, advantage[mb]), kl.mean()
+
+    return objective_and_kl
+
+
+def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict:
+    """The step that improves the surrogate most inside the trust region."""
+    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage)
 
     def gradient(of: Tensor, **kwargs: bool) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(of, parameters, **kwargs)])
@@ -386,12 +402,11 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
     def fisher(v: Tensor) -> Tensor:  # [DETAIL] The damping keeps H positive definite where the KL is flat.
         return gradient(kl_gradient @ v, retain_graph=True) + args.cg_damping * v
 
-    direction = conjugate_gradient(fisher, g, args.cg_iters)
+    natural = conjugate_gradient(fisher, g, args.cg_iters)
     # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). H has its damping here too, so most steps end below ε.
-    # [DETAIL] A small g is no small step: where A is mere noise, so is the step.
-    step = direction * (2 * args.kl_constraint / (direction @ fisher(direction))).sqrt()
+    step = natural * (2 * args.kl_constraint / (natural @ fisher(natural))).sqrt()
     # [TRPO-CG-4] backtracking line search; without it the first step, i = 0, is taken as it is
-    old_theta = theta.detach().clone()
+    old_theta = theta.clone()
     with torch.no_grad():
         for i in range(args.backtrack_iters):
             theta.copy_(old_theta + args.backtrack_coef**i * step)
@@ -402,54 +417,49 @@ def solve_cg(agent: Agent, theta: nn.Parameter, x: Tensor, action: Tensor, advan
     return {"losses/policy_loss": -objective.detach(), "losses/kl": 0.0, "losses/backtracks": args.backtrack_iters}
 
 
-def fit_values(agent: Agent, phi: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
-               args: Args) -> dict:
+def value_gradient(critic: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """∇_φ of a minibatch's loss (P,), and the loss"""
+    loss = 0.5 * (critic(x).squeeze(-1) - target).square().mean()
+    return nn.utils.parameters_to_vector(torch.autograd.grad(loss, [*critic.parameters()])), loss.detach()
+
+
+def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
+               args: Args, gradient: Callable = value_gradient) -> dict:
     """Several passes over the iteration's steps; returns the mean loss."""
     losses = []
     # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: one can't follow the policy.
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
-            loss = 0.5 * (agent.critic(x[mb]).squeeze(-1) - target[mb]).square().mean()
-            phi.grad.zero_()
-            loss.backward()
+            phi.grad, loss = gradient(agent.critic, x[mb], target[mb])
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss)
     return {"losses/value_loss": torch.stack(losses).mean()}
 
 
-def solve_penalty(agent: Agent, theta: nn.Parameter, optimizer: torch.optim.Optimizer, x: Tensor, action: Tensor,
+def solve_penalty(agent: Agent, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, action: Tensor,
                   advantage: Tensor, args: Args) -> dict:
     """The trust region as a penalty: θ climbs while λ is fixed, then λ moves to where KL = ε."""
-    with torch.no_grad():
-        old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
-        old_log_prob = log_prob(old_output, old_log_std, action)
-
-    def objective_and_kl(mb: Tensor) -> tuple[Tensor, Tensor]:
-        output = agent.actor(x[mb])
-        ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
-        kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std)
-        return surrogate(ratio, advantage[mb]), kl.mean()
-
+    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage)
     # [TRPO-PEN-1] θ' ← argmax_θ' of the surrogate − λ ( KL − ε ); the constant λ ε has no gradient
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
             objective, kl = objective_and_kl(mb)
-            theta.grad.zero_()
-            (agent.dual * kl - objective).backward()
+            theta.grad = nn.utils.parameters_to_vector(torch.autograd.grad(agent.dual * kl - objective, parameters))
             optimizer.step()
     # [TRPO-PEN-2] λ ← λ + α ( KL − ε )
     with torch.no_grad():
-        objective, kl = objective_and_kl(torch.arange(len(x)))
+        objective, kl = objective_and_kl()
         agent.dual.copy_(ascended_dual(agent.dual, kl, args.kl_constraint, args.dual_lr))
     return {"losses/policy_loss": -objective, "losses/kl": kl, "losses/dual": agent.dual}
 
 
-def update(agent: Agent, old: Agent, theta: nn.Parameter, phi: nn.Parameter, policy_optimizer: torch.optim.Optimizer,
-           value_optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimizer: torch.optim.Optimizer,
+           value_optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args,
+           gradient: Callable = value_gradient) -> dict[str, float]:
     """One iteration's learning, from a rollout to its losses."""
     obs, actions, rewards, next_obs, terminated, truncated = (x.to(theta.device) for x in rollout[:6])
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: πθ below sees these statistics too, a little newer than those that the actors acted by.
+    # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
     with torch.no_grad():
         x, next_x = agent.obs_norm(obs), agent.obs_norm(next_obs)
@@ -457,15 +467,14 @@ def update(agent: Agent, old: Agent, theta: nn.Parameter, phi: nn.Parameter, pol
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
-        # [DETAIL] A of mean 0 varies the gradient less; its variance of 1 makes one --policy-lr fit any size of reward.
+        # [DETAIL] A of mean 0 varies the gradient less; its variance of 1 lets one λ fit any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    batch = x, actions, advantages, agent.value_norm(returns)
-    x, action, advantage, target = (y.flatten(0, 1) for y in batch)
+    x, action, advantage, target = (y.flatten(0, 1) for y in (x, actions, advantages, agent.value_norm(returns)))
     if args.solver == "cg":
         metrics = solve_cg(agent, theta, x, action, advantage, args)
     else:
         metrics = solve_penalty(agent, theta, policy_optimizer, x, action, advantage, args)
-    metrics |= fit_values(agent, phi, value_optimizer, x, target, args)
+    metrics |= fit_values(agent, phi, value_optimizer, x, target, args, gradient)
     old.load_state_dict(agent.state_dict())  # θ ← θ'
     with torch.no_grad():
         metrics["losses/entropy"] = entropy(agent.actor(x), agent.log_std)
@@ -487,7 +496,7 @@ CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 class Run:
     """A run's folder with its metrics and checkpoint, its progress bar, and the signal that stops it."""
 
-    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts: nn.Module | torch.optim.Adam):
+    def __init__(self, args: Args, folder: Path, checkpoint: dict, end: int, **parts):
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
@@ -572,6 +581,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
         value_optimizer.load_state_dict(checkpoint["value_optimizer"])
     policy_optimizer.param_groups[0]["lr"], value_optimizer.param_groups[0]["lr"] = args.policy_lr, args.value_lr
     optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    gradient = compiled(value_gradient) if args.compile else value_gradient
     run = Run(args, folder, checkpoint, end, agent=agent, **optimizers)
     with run.bar:
         with contextlib.suppress(KeyboardInterrupt):
@@ -580,7 +590,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 run.collecting = True
                 rollout = collect(old, actors, args.num_steps)
                 run.collecting = False
-                losses = update(agent, old, theta, phi, policy_optimizer, value_optimizer, rollout, args)
+                losses = update(agent, old, theta, phi, policy_optimizer, value_optimizer, rollout, args, gradient)
                 for steps, episodic_return, length in rollout.episodes:
                     run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
                 step += batch_size

@@ -452,17 +452,12 @@ def updated(agent, rollout, rate, **settings):
 
 
 @SPACES
-def test_the_parameters_and_their_gradients_are_views_of_one_vector(space):
-    agent, obs = agent_of(space), torch.randn(5, 4)
+def test_the_parameters_are_views_of_one_vector(space):
+    agent = agent_of(space)
     one = copy.deepcopy(agent)
     theta = as_vector([*one.parameters()])
     assert torch.equal(theta, nn.utils.parameters_to_vector(agent.parameters()))
-    for each in agent, one:
-        (each.actor(obs).sum() + each.critic(obs).square().sum()).backward()
-    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in agent.parameters()]
-    torch.testing.assert_close(theta.grad, torch.cat([x.flatten() for x in gradients]))
-    with torch.no_grad():
-        theta.copy_(torch.arange(len(theta)))
+    theta.copy_(torch.arange(len(theta)))
     assert torch.equal(nn.utils.parameters_to_vector(one.parameters()), theta)
 
 
@@ -543,11 +538,15 @@ def test_a_gradient_is_shortened_to_max_grad_norm():
 @SPACES
 def test_each_step_has_a_gradient_of_its_own(space):
     agent = agent_of(space)
-    rollout = rollout_of(agent)
-    one, three = (updated(agent, rollout, 0.0, **ONE_STEP | {"update_epochs": K})[0] for K in (1, 3))
-    for parameter, other in zip(one.parameters(), three.parameters()):
-        torch.testing.assert_close(parameter.grad, other.grad)
-    assert any(parameter.grad.any() for parameter in one.parameters())
+    rollout, found = rollout_of(agent), []
+    for K in 1, 3:
+        new, old = copy.deepcopy(agent), copy.deepcopy(agent)
+        theta = as_vector([*new.parameters()])
+        args = Args(**ONE_STEP | {"update_epochs": K})
+        update(new, old, theta, torch.optim.SGD([theta], 0.0), rollout, args)
+        found.append(theta.grad)
+    torch.testing.assert_close(*found)
+    assert found[0].any()
 
 
 @pytest.mark.parametrize("size, sizes", [(16, [16] * 4), (24, [24, 24, 16])], ids=["whole", "remainder"])

@@ -15,9 +15,9 @@ OWN = {
              "collect", "update", "train"},
     "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Args.__post_init__",
                   "Agent.__init__", "log_prob", "collect", "update", "train"},
-    "trpo": {"Args.num_steps", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs", "Args.__post_init__",
-             "Agent.__init__", "gae", "collect", "update", "train"},
-    "ppo_clip": {"update", "train"},
+    "trpo": {"Args.num_steps", "Args.compile", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs",
+             "Args.__post_init__", "Agent.__init__", "gae", "collect", "update", "train"},
+    "ppo_clip": {"minibatch_gradient", "update", "train"},
     "ppo_kl": {"Args.__post_init__", "Agent.__init__", "update", "train"},
 }
 

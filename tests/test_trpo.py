@@ -485,9 +485,9 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
         seen.update(x=x, action=action, advantage=advantage)
         return {}
 
-    def critic(agent, phi, optimizer, x, target, args):
+    def critic(agent, phi, optimizer, x, target, *rest):
         seen.update(target=agent.value_norm.inverse(target))
-        return fit(agent, phi, optimizer, x, target, args)
+        return fit(agent, phi, optimizer, x, target, *rest)
 
     monkeypatch.setattr(trpo, "solve_cg", solver)
     monkeypatch.setattr(trpo, "fit_values", critic)

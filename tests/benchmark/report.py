@@ -41,11 +41,10 @@ CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
 STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
               "reinforce_lr_0.1": "REINFORCE, α = 0.1", "trpo": "TRPO, ε = 0.01",
               "trpo_0.5": "TRPO, ε = 0.5", "npg_0.5": "natural gradient, ε = 0.5", "ppo_clip": "PPO"}
-WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c_2_workers": "2 actor-learners"}
+WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c": "2 actor-learners"}
 DDPG_BATCHES = {"ddpg": 64, "ddpg_batch_256": 256}
 PONG = {"a3c": "feed-forward", "a3c_lstm": "LSTM"}
-PEERS = {"ppo_clip": "SB3 PPO", "ppo_kl": "SB3 PPO", "trpo": "SB3 TRPO", "a3c --num-workers 1": "SB3 A2C, 2 actors",
-         "a3c --num-workers 2": "SB3 A2C, 2 actors", "ddpg --learning-starts 1000": "SB3 DDPG"}
+PEERS = {"ppo_clip": "PPO", "ppo_kl": "PPO", "trpo": "TRPO", "a3c": "A2C", "ddpg": "DDPG"}  # by name, in any library
 
 
 class Run(NamedTuple):
@@ -252,38 +251,46 @@ def solved_table() -> str:
 
 # ── Speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def measurements(name: str) -> dict[tuple[str, str, str], list[tuple[int, int]]]:
-    """(environment, program, threads) → (steps per second, megabytes) of every repeat"""
-    measured: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+def measurements(name: str) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """(environment, program) → (steps per second, megabytes) of every repeat"""
+    measured: dict[tuple[str, str], list[tuple[int, int]]] = {}
     _, *lines = (RESULTS / f"{name}.csv").read_text().splitlines()
     for row in csv.DictReader(lines):
-        cell = row["env_id"], row["program"], row["threads"]
+        cell = row["env_id"], row["program"]
         measured.setdefault(cell, []).append((int(row["steps_per_second"]), int(row["peak_mb"])))
     return measured
 
 
-def speed_table(env_ids: tuple[str, ...] = ("Hopper-v4", "HalfCheetah-v4", "CartPole-v1")) -> str:
-    """Each script's medians and ranges, and how many times as fast as its peer and the bare environment it is."""
-    measured = measurements("speed")
+def speed_table(env_ids: tuple[str, ...] = ("Hopper-v4", "CartPole-v1"), peers: bool = True) -> str:
+    """Each program's medians and ranges, and each script beside the fastest of its peers and the bare environment."""
+    measured, rows = measurements("speed"), []
     rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
-    cores, rows = max(threads for *_, threads in rates), []
-    for (env_id, program, threads), repeats in measured.items():
-        if program.startswith("SB3") or env_id not in env_ids:
+    for (env_id, program), repeats in measured.items():
+        if env_id not in env_ids or program.startswith("SB") and not peers:
             continue
-        rate, peer = rates[env_id, program, threads], PEERS.get(program, "")
-        others = (peer, "1"), (peer, cores), (f"{peer}, 8 actors", "1")
-        times = [f"{rate / rates[env_id, *other]:.1f}" if (env_id, *other) in rates else "" for other in others]
-        share = f"{rate / rates[env_id, 'environment', '1']:.0%}"
+        rate, share = rates[env_id, program], f"{rates[env_id, program] / rates[env_id, 'environment']:.0%}"
         low, *_, high = sorted(rate for rate, _ in repeats)
-        rows.append((env_id, program, f"{rate:.0f}", f"{low} – {high}", share, peer, *times, max(mb for _, mb in repeats)))
-    return table("| environment | program | steps/s | range | of the environment's | peer | times as fast "
-                 "| … with all cores | … with 8 actors | MB |", rows)
+        others = {other: rates[env_id, other] for other in peers_of(program) if (env_id, other) in rates}
+        fastest = max(others, key=others.get, default="")
+        beside = (fastest, f"{others[fastest]:.0f}", f"{rate / others[fastest]:.2f}") if fastest else ("", "", "")
+        rows.append((env_id, program, f"{rate:.0f}", f"{low} – {high}", share, max(mb for _, mb in repeats), *beside))
+    return table("| environment | program | steps/s | range | of the environment's | MB | fastest peer | its steps/s "
+                 "| times as fast |", rows)
+
+
+def peers_of(program: str) -> list[str]:
+    """What other libraries have for the script, with one actor and with several, and as large a minibatch"""
+    name, *flags = program.split()
+    if name not in PEERS:
+        return []
+    more = [", batch 256"] if "256" in flags else ["", ", 2 actors", ", 8 actors"]
+    return [f"{library} {PEERS[name]}{these}" for library in ("SB3", "SBX") for these in more]
 
 
 def growth_table() -> str:
     """Steps per second and megabytes of each script by its number of actors."""
     cells: dict[str, dict[int, str]] = {}
-    for (_, program, _), repeats in measurements("growth").items():
+    for (_, program), repeats in measurements("growth").items():
         name, *flags = program.split()
         rate, mb = median(rate for rate, _ in repeats), max(mb for _, mb in repeats)
         if flags[0].startswith("--num-"):
@@ -300,10 +307,10 @@ def cuda_table() -> str:
     measured = measurements("cuda")
     rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
     rows = []
-    for (env_id, program, threads), rate in rates.items():
+    for (env_id, program), rate in rates.items():
         name, _, device = program.rpartition(" ")
         if device == "--cuda":
-            cpu = rates[env_id, f"{name} --no-cuda", threads]
+            cpu = rates[env_id, f"{name} --no-cuda"]
             rows.append((env_id, name, f"{cpu:.0f}", f"{rate:.0f}", f"{rate / cpu:.2f}"))
     return table("| environment | program | steps/s on the CPU | … on the GPU | times as fast |", rows)
 
@@ -337,7 +344,7 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 
 TABLES = {
     "README.md": {"lines": lines_table, "returns": returns_table, "ppo": partial(ppo_table, environments=False),
-                  "speed": partial(speed_table, ("Hopper-v4",))},
+                  "speed": partial(speed_table, ("Hopper-v4",), peers=False)},
     "tests/benchmark/README.md": {"highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
                                   "solved": solved_table, "speed": speed_table, "growth": growth_table,
                                   "cuda": cuda_table},

@@ -5,13 +5,13 @@
     python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
     python tests/benchmark/speed.py --cuda      # writes results/cuda.csv: the scripts on the CPU and on the GPU
 
-The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike;
-each measurement is a process of its own, and the first third of its steps is burn-in and not counted. A script is measured from the command line, with
-all its logging and saving, and does with one thread (a3c: with one for each worker). The peers get one thread, and
-again as many as the machine has cores. They do the same work as the scripts: the same batch, epochs, minibatches,
-network sizes and gradients per step; where the scripts have eight actors the peers have one, as is their default, and
-again eight. Memory is the peak of the largest process. A measurement that the file has of this
-commit is not made again; a file of another is begun anew.
+The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike.
+Each measurement is a process of its own. The first third of its steps, in which compilers work, is not counted. A
+script is measured from the command line, with all its logging and saving. Each program has one core (a3c: one for each
+worker). The peers do the same work as the scripts: the same batch, epochs, minibatches, network sizes and gradients per
+step. Where the scripts have eight actors, the peers have one, as is their default, and again eight. Memory is the peak
+of the largest process. A measurement that the file has of this commit is not made again; a file of another is begun
+anew.
 """
 
 import argparse
@@ -32,33 +32,37 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 3
 CORES = os.cpu_count()
-COLUMNS = "env_id", "program", "threads", "repeat", "steps_per_second", "peak_mb"
-ENV_IDS = "Hopper-v4", "HalfCheetah-v4", "CartPole-v1"
+COLUMNS = "env_id", "program", "repeat", "steps_per_second", "peak_mb"
+ENV_IDS = "Hopper-v4", "CartPole-v1"
 
-# What is measured on every environment: a program, its threads, and how many steps it takes.
+# What is measured on every environment: a program, and how many steps it takes.
 PROGRAMS = [
-    ("environment", 1, 60_000),
-    ("ppo_clip", 1, 30 * 2048), ("ppo_kl", 1, 30 * 2048),
-    ("SB3 PPO", 1, 15 * 2048), ("SB3 PPO", CORES, 15 * 2048), ("SB3 PPO, 8 actors", 1, 15 * 2048),
-    ("trpo", 1, 30 * 2048),
-    ("SB3 TRPO", 1, 15 * 2048), ("SB3 TRPO", CORES, 15 * 2048), ("SB3 TRPO, 8 actors", 1, 15 * 2048),
-    ("a3c --num-workers 1", 1, 60_000), ("a3c --num-workers 2", 1, 120_000),
-    ("SB3 A2C, 2 actors", 1, 30_000), ("SB3 A2C, 2 actors", CORES, 30_000),
-    ("reinforce", 1, 60_000),
-    ("ddpg --learning-starts 1000", 1, 6000), ("SB3 DDPG", 1, 4000), ("SB3 DDPG", CORES, 4000),
+    ("environment", 60_000),
+    ("ppo_clip", 40 * 2048), ("ppo_clip --compile", 60 * 2048),
+    ("ppo_kl", 40 * 2048), ("ppo_kl --compile", 60 * 2048),
+    ("SB3 PPO", 15 * 2048), ("SB3 PPO, 8 actors", 15 * 2048),
+    ("SBX PPO", 15 * 2048), ("SBX PPO, 8 actors", 30 * 2048),
+    ("trpo", 40 * 2048), ("trpo --compile", 60 * 2048), ("SB3 TRPO", 15 * 2048), ("SB3 TRPO, 8 actors", 15 * 2048),
+    ("a3c --num-workers 1", 60_000), ("a3c --num-workers 2", 120_000), ("SB3 A2C, 2 actors", 30_000),
+    ("reinforce", 60_000),
+    ("ddpg --learning-starts 1000", 6000), ("ddpg --learning-starts 1000 --compile", 9000),
+    ("SB3 DDPG", 4000), ("SBX DDPG", 6000),
+    ("ddpg --learning-starts 1000 --batch-size 256", 4000),
+    ("ddpg --learning-starts 1000 --batch-size 256 --compile", 6000),
+    ("SB3 DDPG, batch 256", 3000), ("SBX DDPG, batch 256", 4000),
 ]  # fmt: skip
 ACTORS = 1, 4, 16, 64, 256
 GROWTH = [
-    *((f"{name} --num-envs {n} --num-steps {2048 // n}", 1, 30 * 2048)
+    *((f"{name} --num-envs {n} --num-steps {2048 // n}", 30 * 2048)
       for name in ("ppo_clip", "ppo_kl", "trpo") for n in ACTORS),
-    *((f"reinforce --num-envs {n}", 1, 60_000) for n in ACTORS),
-    *((f"ddpg --num-envs {n} --learning-starts 1024", 1, 6144) for n in ACTORS),
-    *((f"a3c --num-workers {n}", 1, 60_000 * min(n, CORES)) for n in (1, 2, 4)),
-    ("ddpg --learning-starts 990000", 1, 1_000_000),  # a full replay buffer, and what it takes to save it
+    *((f"reinforce --num-envs {n}", 60_000) for n in ACTORS),
+    *((f"ddpg --num-envs {n} --learning-starts 1024", 6144) for n in ACTORS),
+    *((f"a3c --num-workers {n}", 60_000 * min(n, CORES)) for n in (1, 2, 4)),
+    ("ddpg --learning-starts 990000", 1_000_000),  # a full replay buffer, and what it takes to save it
 ]  # fmt: skip
 PONG = "ALE/Pong-v5"  # a step of it takes as long as many of Hopper
 CUDA = [
-    (f"{program} {device}", 1, steps) for program, steps in (
+    (f"{program} {device}", steps) for program, steps in (
         ("ppo_clip", 12 * 2048), ("ppo_kl", 12 * 2048), ("trpo", 12 * 2048), ("a3c --num-workers 2", 20_000),
         ("reinforce", 20_000), ("ddpg --learning-starts 1000", 4000))
     for device in ("--no-cuda", "--cuda")
@@ -99,10 +103,10 @@ def script(program: str, env_id: str, steps: int) -> float:
 
 
 def peer(program: str, env_id: str, steps: int) -> float:
-    """An algorithm of stable-baselines3 or sb3-contrib, at the settings of the script that is its like"""
+    """An algorithm of stable-baselines3 or of its likes, at the settings of the script that it stands beside"""
+    import sb3_contrib
+    import stable_baselines3 as sb3
     import torch
-    from sb3_contrib import TRPO
-    from stable_baselines3 import A2C, DDPG, PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -112,18 +116,24 @@ def peer(program: str, env_id: str, steps: int) -> float:
                 times.append((self.num_timesteps, time.perf_counter()))
             return True
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    name, _, actors = program.removeprefix("SB3 ").partition(", ")
-    n = int(actors.partition(" ")[0] or 1)
-    env = make_vec_env(env_id, n_envs=n, seed=1)
-    model = {
-        "PPO": lambda: PPO("MlpPolicy", env, n_steps=2048 // n, device="cpu"),  # 10 epochs, minibatches of 64
-        "TRPO": lambda: TRPO("MlpPolicy", env, n_steps=1024 // n, batch_size=128, cg_max_steps=25, cg_damping=0.1,
-                             n_critic_updates=20, device="cpu"),
-        "A2C": lambda: A2C("MlpPolicy", env, n_steps=20 // n, device="cpu"),  # a gradient of 20 steps, every 20 steps
-        "DDPG": lambda: DDPG("MlpPolicy", env, batch_size=64, learning_starts=1000, train_freq=1, gradient_steps=1,
-                             policy_kwargs={"net_arch": [256, 256]}, device="cpu"),
-    }[name]()  # fmt: skip
+    torch.set_num_threads(1)
+    (package, name), (_, _, more) = program.partition(",")[0].split(), program.partition(", ")
+    library, options = sb3_contrib if name == "TRPO" else sb3, {"device": "cpu"}
+    if package == "SBX":
+        import sbx as library
+
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # JAX has a thread for each core
+        options = {}
+    n = int(more.partition(" ")[0]) if "actors" in more else 1
+    batch_size = int(more.removeprefix("batch ")) if "batch" in more else 64
+    options |= {
+        "PPO": {"n_steps": 2048 // n},  # 10 epochs, minibatches of 64
+        "TRPO": {"n_steps": 1024 // n, "batch_size": 128, "cg_max_steps": 25, "cg_damping": 0.1, "n_critic_updates": 20},
+        "A2C": {"n_steps": 20 // n},  # a gradient of 20 steps, every 20 steps
+        "DDPG": {"batch_size": batch_size, "learning_starts": 1000, "train_freq": 1, "gradient_steps": 1,
+                 "policy_kwargs": {"net_arch": [256, 256]}},
+    }[name]  # fmt: skip
+    model = getattr(library, name)("MlpPolicy", make_vec_env(env_id, n_envs=n, seed=1), **options)
     times = [(0, time.perf_counter())]
     model.learn(steps, callback=Clock())
     return rate(times)
@@ -134,7 +144,7 @@ def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
     warnings.simplefilter("ignore")
     if program == "environment":
         speed, who = environment(env_id, steps), resource.RUSAGE_SELF
-    elif program.startswith("SB3"):
+    elif program.startswith("SB"):
         speed, who = peer(program, env_id, steps), resource.RUSAGE_SELF
     else:
         speed, who = script(program, env_id, steps), resource.RUSAGE_CHILDREN
@@ -166,20 +176,19 @@ def main() -> None:
             parser.error("torch finds no GPU here")
         path, programs, env_ids = RESULTS / "cuda.csv", CUDA, ("Hopper-v4", "CartPole-v1", PONG)
         more["gpu"] = torch.cuda.get_device_name()
-    cells = [(env_id, program, str(threads), str(repeat), steps // 5 if env_id == PONG else steps)
-             for repeat in range(repeats) for env_id in env_ids
-             for program, threads, steps in programs if suits(program, env_id)]
+    cells = [(env_id, program, str(repeat), steps // 5 if env_id == PONG else steps)
+             for repeat in range(repeats) for env_id in env_ids for program, steps in programs if suits(program, env_id)]
     command = " ".join(["python tests/benchmark/speed.py", *sys.argv[1:]])
     begin = describe(command, head(), **more) + ",".join(COLUMNS) + "\n"
     if not (path.exists() and path.read_text().startswith(begin)):  # measurements of another commit don't mix with these
         path.write_text(begin)
-    done = {tuple(row[:4]) for row in csv.reader(path.open())}
+    done = {tuple(row[:3]) for row in csv.reader(path.open())}
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for *cell, steps in tqdm([cell for cell in cells if cell[:4] not in done], unit=" measurements"):
-            env_id, program, threads, _ = cell
+        for *cell, steps in tqdm([cell for cell in cells if cell[:3] not in done], unit=" measurements"):
+            env_id, program, _ = cell
             command = [sys.executable, __file__, "--measure", program, env_id, str(steps)]
-            environ = os.environ | {"OMP_NUM_THREADS": threads}
+            environ = os.environ | {"OMP_NUM_THREADS": "1"}
             output = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True).stdout
             writer.writerow((*cell, *(round(float(number)) for number in output.split()[-2:])))
             file.flush()
