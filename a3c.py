@@ -429,7 +429,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         # [DETAIL] The paper's bonus for entropy keeps the policy from settling too early.
         bonus = entropy(output, agent.log_std)
         loss = policy_loss + value_loss - args.ent_coef * len(actions) * bonus
-        gradient += nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters))
+        gradient += torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)])
         # [A3C-18] end for
         norm = gradient.norm()
         gradient *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no leap on an odd segment

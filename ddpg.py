@@ -310,7 +310,7 @@ def compiled(function: Callable) -> Callable:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))
     except RuntimeError:
-        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+        raise Failure("--compile needs a C++ compiler, say g++, and Python's headers: install them, or leave it out")
     return torch.compile(function, fullgraph=True)
 
 
@@ -323,7 +323,7 @@ def critic_gradient(agent: Agent, args: Args, obs: Tensor, action: Tensor, rewar
     value = agent.critic(obs, action)
     loss = critic_loss(value, target)
     gradients = torch.autograd.grad(loss, [*agent.critic.parameters()])
-    return nn.utils.parameters_to_vector(gradients), loss.detach(), value.detach().mean()
+    return torch.cat([slope.flatten() for slope in gradients]), loss.detach(), value.detach().mean()
 
 
 def actor_gradient(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,7 +332,7 @@ def actor_gradient(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
     value = agent.critic(obs, best)
     # [DPG-THM] ∇_θ μ_θ(s) ∇_a Q(s,a): the chain rule
     gradients = torch.autograd.grad(best, [*agent.actor.parameters()], -action_gradient(value, best))
-    return nn.utils.parameters_to_vector(gradients), -value.detach().mean()
+    return torch.cat([slope.flatten() for slope in gradients]), -value.detach().mean()
 
 
 def update(agent: Agent, vectors: tuple[Tensor, ...], actor_optimizer: torch.optim.Optimizer,

@@ -328,12 +328,12 @@ def compiled(function: Callable) -> Callable:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))
     except RuntimeError:
-        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+        raise Failure("--compile needs a C++ compiler, say g++, and Python's headers: install them, or leave it out")
     return torch.compile(function, fullgraph=True)
 
 
-def minibatch_gradient(agent: Agent, args: Args, old_log_std: Tensor | None, x: Tensor, action: Tensor,
-                       old_log_prob: Tensor, old_output: Tensor, advantage: Tensor, target: Tensor,
+def minibatch_gradient(agent: Agent, parameters: list[nn.Parameter], args: Args, old_log_std: Tensor | None, x: Tensor,
+                       action: Tensor, old_log_prob: Tensor, old_output: Tensor, advantage: Tensor, target: Tensor,
                        ) -> tuple[Tensor, Tensor]:
     """∇_θ of a minibatch's loss, at most max_grad_norm long (P,); the losses of policy and value function (2,)"""
     output = agent.actor(x)
@@ -345,7 +345,7 @@ def minibatch_gradient(agent: Agent, args: Args, old_log_std: Tensor | None, x: 
     loss = policy_loss + 0.5 * value_loss
     if args.ent_coef:
         loss = loss - args.ent_coef * entropy(output, agent.log_std)
-    gradient = nn.utils.parameters_to_vector(torch.autograd.grad(loss, [*agent.parameters()]))
+    gradient = torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)])
     gradient = gradient * (args.max_grad_norm / gradient.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
     return gradient, torch.stack([policy_loss, value_loss]).detach()
 
@@ -371,11 +371,11 @@ def update(agent: Agent, old: Agent, theta: Tensor, optimizer: torch.optim.Optim
     batch = [y.flatten(0, 1) for y in (x, actions, old_log_probs, old_output, advantages, agent.value_norm(returns))]
 
     # [PPO-3] for K epochs over minibatches: update θ by L^KLPEN
-    losses = []
+    parameters, losses = [*agent.parameters()], []
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(len(batch[0]))
         for minibatch in zip(*(y[shuffled].split(args.minibatch_size) for y in batch)):
-            theta.grad, loss = gradient(agent, args, old_log_std, *minibatch)
+            theta.grad, loss = gradient(agent, parameters, args, old_log_std, *minibatch)
             optimizer.step()
             losses.append(loss)
 

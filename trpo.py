@@ -366,12 +366,12 @@ def compiled(function: Callable) -> Callable:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))
     except RuntimeError:
-        raise Failure("--compile needs a C++ compiler, as g++, and Python's headers: install them, or leave it out")
+        raise Failure("--compile needs a C++ compiler, say g++, and Python's headers: install them, or leave it out")
     return torch.compile(function, fullgraph=True)
 
 
 def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor) -> Callable:
-    """Of the πθ' that the agent becomes with the πθ that it is now, on all steps or a minibatch: objective and KL"""
+    """Compares what the agent becomes, πθ', with what it is now, πθ: objective and KL, on all steps or a minibatch."""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
@@ -417,20 +417,21 @@ def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: 
     return {"losses/policy_loss": -objective.detach(), "losses/kl": 0.0, "losses/backtracks": args.backtrack_iters}
 
 
-def value_gradient(critic: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def value_gradient(critic: nn.Module, parameters: list[nn.Parameter], x: Tensor, target: Tensor,
+                   ) -> tuple[Tensor, Tensor]:
     """∇_φ of a minibatch's loss (P,), and the loss"""
     loss = 0.5 * (critic(x).squeeze(-1) - target).square().mean()
-    return nn.utils.parameters_to_vector(torch.autograd.grad(loss, [*critic.parameters()])), loss.detach()
+    return torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)]), loss.detach()
 
 
 def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor,
                args: Args, gradient: Callable = value_gradient) -> dict:
     """Several passes over the iteration's steps; returns the mean loss."""
-    losses = []
+    parameters, losses = [*agent.critic.parameters()], []
     # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: one can't follow the policy.
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
-            phi.grad, loss = gradient(agent.critic, x[mb], target[mb])
+            phi.grad, loss = gradient(agent.critic, parameters, x[mb], target[mb])
             optimizer.step()
             losses.append(loss)
     return {"losses/value_loss": torch.stack(losses).mean()}
