@@ -566,7 +566,8 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
         raise Failure(f"--total-timesteps: go beyond step {step}")
     theta, context, N = as_vector([*agent.parameters()]), mp.get_context("spawn"), args.num_workers
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
-    run = Run(args, folder, checkpoint, args.total_timesteps, agent=agent)
+    snapshot = SimpleNamespace(state_dict=lambda: copy.deepcopy(agent.state_dict()))  # others write while it is saved
+    run = Run(args, folder, checkpoint, args.total_timesteps, agent=snapshot)
     workers, seen, idle, stops = {}, [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
     run.collecting = False  # so that a signal waits until all have started; they themselves never see it
     if masks := hasattr(signal, "pthread_sigmask"):

@@ -317,8 +317,7 @@ def compiled(function: Callable) -> Callable:
 def critic_gradient(agent: Agent, args: Args, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor,
                     terminated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """∇ of a minibatch's L by θ^Q (P,); L; the mean of Q"""
-    # [DDPG-10] y_i = r_i + γ Q'(s_{i+1}, μ'(s_{i+1}|θ^μ')|θ^Q')
-    with torch.no_grad():
+    with torch.no_grad():  # y_i
         target = td_target(reward, agent.target_critic(next_obs, agent.target_actor(next_obs)), terminated, args.gamma)
     value = agent.critic(obs, action)
     loss = critic_loss(value, target)
@@ -342,6 +341,7 @@ def update(agent: Agent, vectors: tuple[Tensor, ...], actor_optimizer: torch.opt
     theta_mu, theta_q, target_mu, target_q, acting_mu = vectors
     # [DDPG-9] sample a minibatch of N transitions from R
     obs, *others = replay.sample(args.batch_size)
+    # [DDPG-10] y_i = r_i + γ Q'(s_{i+1}, μ'(s_{i+1}|θ^μ')|θ^Q'), as critic_gradient begins
     # [DDPG-11] critic: minimise L = 1/N Σ_i (y_i − Q(s_i,a_i|θ^Q))²
     theta_q.grad, loss, value = of_critic(agent, args, obs, *others)
     critic_optimizer.step()

@@ -878,6 +878,13 @@ def stopped(alone, launch, tmp_path_factory):
     return only_run(runs)
 
 
+def test_what_is_saved_is_a_copy_that_no_worker_changes_meanwhile(alone, main, tmp_path, monkeypatch):
+    saved, save = [], torch.save  # else the file's checksums were of other numbers than it holds, now and then
+    monkeypatch.setattr("torch.save", lambda state, to: saved.append(state) or save(state, to))
+    assert main(*alone, "--total-timesteps", 200, "--runs-dir", tmp_path)[0] == 0
+    assert saved and not any(x.is_shared() for state in saved for x in state["agent"].values())
+
+
 def assert_same_run(one, other):
     assert metrics(one) == metrics(other)
     one, other = ({name: x for name, x in load(folder).items() if name in ("agent", "global_step")}
