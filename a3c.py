@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
 
-    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 3 minutes: return about 1400
+    python a3c.py --env-id Hopper-v4 --num-workers 2                                # 3 minutes: return about 1350
     python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000    # 30 seconds: return about 500
     python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --lstm --ent-coef 0.01 --total-timesteps 10000000
                                                                         # from −20 to about 0 in the first hour

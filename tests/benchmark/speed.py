@@ -7,8 +7,8 @@
 
 The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike.
 Each measurement is a process of its own. The first third of its steps, in which compilers work, is not counted. A
-script is measured from the command line, with all its logging and saving. Each program has one core (a3c: one for each
-worker). The peers do the same work as the scripts: the same batch, epochs, minibatches, network sizes and gradients per
+script is measured from the command line, with all its logging and saving. Each program has one thread (a3c: one for each
+worker; SBX: one core). The peers do the same work as the scripts: the same batch, epochs, minibatches, network sizes and gradients per
 step. Where the scripts have eight actors, the peers have one, as is their default, and again eight. Memory is the peak
 of the largest process. A measurement that the file has of this commit is not made again; a file of another is begun
 anew.
