@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7; python_version<'3.14'",
 #                 "mujoco==3.8.1; python_version>='3.14'", "numpy==2.2.6; python_version<'3.14'",
-#                 "numpy==2.4.6; python_version>='3.14'", "ale-py==0.12.1", "tyro==1.0.17", "wandb==0.31.0",
-#                 "tqdm==4.70.1", "moviepy==2.2.1"]
+#                 "numpy==2.4.6; python_version>='3.14'", "ale-py==0.12.1", "opencv-python-headless==5.0.0.93",
+#                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
@@ -132,16 +132,23 @@ class Args:
 
 def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     """The environment, if the algorithm can serve it; with a folder for videos, recording episodes 0, 1, 8, 27, …"""
-    if env_id.startswith("ALE/"):
-        return gym.wrappers.RecordVideo(Atari(env_id), str(videos), disable_logger=False) if videos else Atari(env_id)
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
+    settings = {"render_mode": "rgb_array"} if videos else {}
+    if env_id.startswith("ALE/"):
+        import ale_py
+        gym.register_envs(ale_py)
+        settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
+    env = gym.make(env_id, disable_env_checker=True, **settings)
     if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
+    if env_id.startswith("ALE/"):
+        # [DETAIL] As the paper sees a game: the last 4 frames in 84×84 grey points, an action for every 4. It has no
+        # sticky actions, so v5's are off.
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -157,35 +164,6 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         middle, half = high / 2 + low / 2, high / 2 - low / 2
         env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
-
-
-class Atari(gym.Env):
-    """[DETAIL] An Atari game as the paper sees it: the last 4 frames in 84×84 grey points, an action for every 4.
-
-    But for v5's sticky actions: with a probability of ¼ the game takes the last action again."""
-
-    metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 15}, "rgb_array"
-
-    def __init__(self, env_id: str):
-        import ale_py
-
-        gym.register_envs(ale_py)
-        self.games = gym.make_vec(env_id, num_envs=1, reward_clipping=False)
-        self.observation_space, self.action_space = self.games.single_observation_space, self.games.single_action_space
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        (self.frames,), _ = self.games.reset(seed=seed)
-        return self.frames, {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        (self.frames,), (reward,), (terminated,), (truncated,), _ = self.games.step(np.array([action]))
-        return self.frames, float(reward), bool(terminated), bool(truncated), {}
-
-    def render(self) -> np.ndarray:
-        return np.repeat(self.frames[-1][..., None], 3, axis=-1)
-
-    def close(self) -> None:
-        self.games.close()
 
 
 class Actor:

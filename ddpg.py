@@ -125,7 +125,7 @@ class Args:
 def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     """The environment, if the algorithm can serve it; with a folder for videos, recording episodes 0, 1, 8, 27, …"""
     if env_id.startswith("ALE/"):
-        raise Failure(f"{env_id} observes pictures: a3c.py learns from them, this script from vectors")
+        raise Failure(f"{env_id} observes pictures: a3c.py and trpo.py learn from these")
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")

@@ -2,14 +2,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.2.7; python_version<'3.14'",
 #                 "mujoco==3.8.1; python_version>='3.14'", "numpy==2.2.6; python_version<'3.14'",
-#                 "numpy==2.4.6; python_version>='3.14'", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1",
-#                 "moviepy==2.2.1"]
+#                 "numpy==2.4.6; python_version>='3.14'", "ale-py==0.12.1", "opencv-python-headless==5.0.0.93",
+#                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """TRPO: each update goes as far as a trust region, an expected KL of ε, lets it.
 
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 20 seconds: return about 500
+    python trpo.py --env-id ALE/Pong-v5 --vine --cg-iters 10 --cg-subsampling 10 --update-epochs 4
 
 Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略改进的单调性保证" (Schulman et al. 2015, arXiv:1502.05477)
 
@@ -36,6 +37,15 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略�
     TRPO-PEN-1    θ' ← argmax_θ' Σ_t E[ E[ (πθ'/πθ) γ^t A^πθ ] ] − λ ( D_KL(πθ' ‖ πθ) − ε )
     TRPO-PEN-2    λ ← λ + α ( D_KL(πθ' ‖ πθ) − ε )
 
+    The deck's table of results has a "TRPO - vine"; its lines are the paper's (5.2). With --vine they replace the
+    surrogate of the single path, (πθ'/πθ) A^πθ. They need a simulator that can be put back to s_n:
+    VINE-1      choose M states s_n from the trajectories: the rollout set
+    VINE-2      at each s_n take K actions a_{n,k}: all of them, or samples of πθ(·|s_n)
+    VINE-3      after each, follow πθ for a short way, with the same random numbers for all K
+    VINE-4      Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L})
+    VINE-5      L(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]; of all actions w_k = πθ'(a_{n,k}|s_n), so that
+                Σ_k w_k = 1; of samples w_k = πθ'(a_{n,k}|s_n) / πθ(a_{n,k}|s_n)
+
 Symbols     variable            shape     meaning
     s_t     obs                 (T,N,S)   observation; next_obs is s_{t+1}, the true one also when an episode ends
     a_t     actions             (T,N[,A]) continuous: A numbers; discrete: the index of one of A actions
@@ -47,7 +57,8 @@ Symbols     variable            shape     meaning
     β x     step                (P,)      as long as the trust region allows
     α^i     backtrack_coef**i             what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
     λ       agent.dual                    price of the KL, in --solver penalty
-    N, T, γ, ε                            settings: see Args. λ of the advantage (not on the slides) is gae_lambda
+    Q̂       q                   (M,K)     what the vine's branches earned
+    N, T, M, K, L, γ, ε                   settings: see Args. λ of the advantage (not on the slides) is gae_lambda
 
 Departures from the slides
     J-SURR      leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
@@ -55,6 +66,7 @@ Departures from the slides
     TRPO-CG-1   and the four lines after it are the paper's and the book's (动手学强化学习, 11.3): the deck only names the
                 Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
+    VINE-4      ends a branch with V, the paper's goes on. The KL stays a mean over all states, the paper's is over s_n.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
     [DETAIL]    marks whatever else the slides don't have, each with its reason.
 """
@@ -91,7 +103,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector; continuous (Box) or discrete actions
+    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector, or an Atari game ALE/…; any kind of actions
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_envs: int = 8  # N: actors, each with an environment of its own
@@ -100,11 +112,16 @@ class Args:
     kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
     cg_iters: int = 25  # iterations of the conjugate gradient
     cg_damping: float = 0.1  # multiple of the identity added to H
+    cg_subsampling: int = 1  # H is computed on every n-th step; on Atari's frames 10 saves much time
     backtrack_coef: float = 0.8  # α: what the line search shortens the step by
     backtrack_iters: int = 10  # steps that the line search tries
     line_search: bool = True  # off: takes β x as it is, which is the natural policy gradient
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
+    vine: bool = False  # compare K actions in each of M states by short branches, which count as steps, too
+    vine_states: int = 128  # M: states per iteration where the vine branches
+    vine_actions: int = 4  # K: branches of a state, where actions are continuous; otherwise one of each action
+    vine_steps: int = 4  # L: steps of a branch
     value_lr: float = 1e-3  # Adam's step size for the value function
     minibatch_size: int = 128  # steps per gradient of the value function, and of --solver penalty
     update_epochs: int = 20  # passes over the N·T steps, of the value function and of --solver penalty
@@ -132,22 +149,30 @@ class Args:
 
 def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     """The environment, if the algorithm can serve it; with a folder for videos, recording episodes 0, 1, 8, 27, …"""
-    if env_id.startswith("ALE/"):
-        raise Failure(f"{env_id} observes pictures: a3c.py learns from them, this script from vectors")
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
+    settings = {"render_mode": "rgb_array"} if videos else {}
+    if env_id.startswith("ALE/"):
+        import ale_py
+        gym.register_envs(ale_py)
+        settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
+    env = gym.make(env_id, disable_env_checker=True, **settings)
     if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
+    if env_id.startswith("ALE/"):
+        # [DETAIL] As the paper sees a game: the last 4 frames in 84×84 grey points, an action for every 4. It has no
+        # sticky actions, so v5's are off.
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
-        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector (the wrapper "
-                      "FlattenObservation makes one) and takes a vector of floats or Discrete actions from 0")
+        raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
+                      "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
+                      "Discrete actions from 0")
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
         # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
@@ -156,6 +181,17 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         middle, half = high / 2 + low / 2, high / 2 - low / 2
         env = gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
     return env
+
+
+def copy_state(env: gym.Env, simulator: gym.Env) -> None:
+    """The simulator goes on from where the environment stands, to the bit."""
+    if hasattr(env.unwrapped, "ale"):
+        simulator.unwrapped.restore_state(env.unwrapped.clone_state())
+        simulator.obs_queue = env.obs_queue.copy()
+    elif hasattr(env.unwrapped, "data"):  # MuJoCo's; rewards use more of it than positions and velocities
+        simulator.unwrapped.data = copy.copy(env.unwrapped.data)
+    else:
+        raise Failure(f"--vine can't copy the state of {env.spec.id}: choose an Atari game or a MuJoCo environment")
 
 
 class Actor:
@@ -183,12 +219,17 @@ class Actor:
 
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential:
     """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
-    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
+    if len(inputs) == 1:
+        layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    else:  # the paper's for Atari; with frames half as wide it has about the paper's 33,500 parameters
+        layers = [nn.AvgPool2d(2), nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(),
+                  nn.Flatten(), nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
@@ -226,11 +267,12 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Space):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        S, A = observation_space.shape[0], action_space.n if self.discrete else action_space.shape[0]
-        self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
+        S, A = observation_space.shape, action_space.n if self.discrete else action_space.shape[0]
+        self.frames = len(S) == 3
+        self.obs_norm, self.value_norm = RunningNorm(*S), RunningNorm(1)
         self.register_buffer("dual", torch.tensor(1.0))  # λ; a buffer, so that a resumed run goes on with it
-        self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
-        self.critic = mlp(S, 1, gain=1.0)
+        self.actor = network(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
+        self.critic = network(S, 1, gain=1.0)
         # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
         # 0.6: with 1 a third of the actions would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
@@ -285,6 +327,13 @@ def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
     return (ratio * advantage).mean()  # [J-SURR]
 
 
+def vine_surrogate(log_weight: Tensor, q: Tensor) -> Tensor:
+    """E_n[ Σ_k w_k Q̂_k / Σ_k w_k ], w_k = e^log_weight (VINE-5; paper, eq. 15 and 16);   log_weight, q (M,K) → ()
+
+    A constant in q's row is one in the result: the estimate needs no baseline."""
+    return (log_weight.softmax(-1) * q).sum(-1).mean()
+
+
 def kl_divergence(p: Tensor, log_std_p: Tensor | None, q: Tensor, log_std_q: Tensor | None) -> Tensor:
     """D_KL(p ‖ q) in nats: Σ_A (log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½), or Σ_a p (log p − log q).
 
@@ -334,27 +383,56 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length
-Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes")
+# Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length. Of the
+# vine s_n (M,S), a_{n,k} (M,K[,A]) and Q̂ (M,K); and all steps taken
+Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes vine steps")
 
 
 @torch.no_grad()
-def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
-    """T steps of each of the N actors: s_t ~ pθ, a_t ~ πθ."""
-    N, S = len(actors), len(old.obs_norm.mean)
-    obs, next_obs = np.zeros((2, T, N, S), np.float32)
+def collect(old: Agent, actors: list[Actor], simulators: list[Actor], args: Args) -> Rollout:
+    """T steps of each of the N actors: s_t ~ pθ, a_t ~ πθ. With simulators, the branches of the vine too."""
+    T, N, S = args.num_steps, len(actors), old.obs_norm.mean.shape
+    obs, next_obs = np.zeros((2, T, N, *S), np.float32)
     rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
-    noise, actions, episodes = old.noise(T, N), [], []
+    noise, actions, episodes, vine, steps = old.noise(T, N), [], [], [], 0
+    # [VINE-1] choose M states s_n from the trajectories
+    chosen = torch.randperm(T * N)[: args.vine_states].tolist() if args.vine else []
     for t in range(T):
         obs[t] = [actor.obs for actor in actors]
         actions.append(old.act(torch.from_numpy(obs[t]), noise[t]))
         for n, (actor, action) in enumerate(zip(actors, actions[t].numpy())):
+            if t * N + n in chosen:
+                *branches, taken = branch(old, actor, simulators, args)
+                vine.append(branches)
+                steps += taken
             next_obs[t, n], rewards[t, n], terminated[t, n], truncated[t, n] = actor.step(action)
             if terminated[t, n] or truncated[t, n]:
-                episodes.append(((t + 1) * N, actor.episodic_return, actor.length))
+                episodes.append((steps + (t + 1) * N, actor.episodic_return, actor.length))
                 actor.reset()
     arrays = obs, torch.stack(actions), rewards, next_obs, terminated, truncated
-    return Rollout(*map(torch.as_tensor, arrays), episodes)
+    return Rollout(*map(torch.as_tensor, arrays), episodes, [*map(torch.stack, zip(*vine))], steps + T * N)
+
+
+def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tuple[Tensor, Tensor, Tensor, int]:
+    """From s_n, where the actor stands, a short way with each simulator: s_n (S), a_{n,k} (K[,A]), Q̂ (K,), steps"""
+    K, L, steps = len(simulators), args.vine_steps, 0
+    for simulator in simulators:
+        copy_state(actor.env, simulator.env)
+    obs, q, terminated = np.array([actor.obs] * K), torch.zeros(K), np.zeros(K, bool)
+    # [VINE-2] take K actions: all of them, or samples of πθ(·|s_n)
+    action = first = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
+    # [VINE-3] after each, follow πθ, with the same random numbers for all K. A time limit doesn't end a branch.
+    noise = old.noise(L)
+    for i in range(L):
+        if i > 0:
+            action = old.act(torch.from_numpy(obs), noise[i])
+        for k in np.flatnonzero(~terminated):
+            obs[k], reward, terminated[k], _ = simulators[k].step(action[k].numpy())
+            q[k] += args.gamma**i * (np.sign(reward) if old.frames else reward)
+            steps += 1
+    # [VINE-4] Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L})
+    values = old.value_norm.inverse(old.critic(old.obs_norm(torch.from_numpy(obs))).squeeze(-1))
+    return torch.from_numpy(actor.obs), first, q + args.gamma**L * values * torch.from_numpy(~terminated), steps
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -370,33 +448,47 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True)
 
 
-def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor) -> Callable:
+def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> Callable[[], Tensor]:
+    """The vine's objective as a function of what the agent becomes"""
+    def log_probs() -> Tensor:
+        outputs = agent.actor(states).unsqueeze(1).expand(-1, q.shape[1], -1)
+        return log_prob(outputs, agent.log_std, actions)
+
+    drawn = 0.0 if agent.discrete else log_probs().detach()  # every discrete action is there once, none was drawn
+    # [VINE-5] L(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]
+    return lambda: vine_surrogate(log_probs() - drawn, q)
+
+
+def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine: list | None = None) -> Callable:
     """Compares what the agent becomes, πθ', with what it is now, πθ: objective and KL, on all steps or a minibatch."""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
+    of_vine = vine_objective(agent, *vine) if vine else None
 
     def objective_and_kl(mb: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
         output = agent.actor(x[mb])
         ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
         kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std)
         # [TRPO-OBJ] what θ' shall maximise; [TRPO-KL] what shall stay below ε
-        return surrogate(ratio, advantage[mb]), kl.mean()
+        return of_vine() if vine else surrogate(ratio, advantage[mb]), kl.mean()
 
     return objective_and_kl
 
 
-def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict:
+def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: Tensor, args: Args,
+             vine: list | None = None) -> dict:
     """The step that improves the surrogate most inside the trust region."""
-    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage)
+    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage, vine)
 
     def gradient(of: Tensor, **kwargs: bool) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(of, parameters, **kwargs)])
 
     # [TRPO-CG-1] g = ∇ of the surrogate at θ
-    objective, kl = objective_and_kl()
-    g = gradient(objective, retain_graph=True)
+    objective, _ = objective_and_kl()
+    g = gradient(objective)
     # [TRPO-CG-2] x ≈ H⁻¹ g. ∇KL, which is 0 here, is built once; its derivative along v is H v.
+    _, kl = objective_and_kl(slice(None, None, args.cg_subsampling))
     kl_gradient = gradient(kl, create_graph=True)
 
     def fisher(v: Tensor) -> Tensor:  # [DETAIL] The damping keeps H positive definite where the KL is flat.
@@ -438,9 +530,9 @@ def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: T
 
 
 def solve_penalty(agent: Agent, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, action: Tensor,
-                  advantage: Tensor, args: Args) -> dict:
+                  advantage: Tensor, args: Args, vine: list | None = None) -> dict:
     """The trust region as a penalty: θ climbs while λ is fixed, then λ moves to where KL = ε."""
-    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage)
+    parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage, vine)
     # [TRPO-PEN-1] θ' ← argmax_θ' of the surrogate − λ ( KL − ε ); the constant λ ε has no gradient
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
@@ -462,19 +554,26 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
     # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
     # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
+    if agent.frames:
+        rewards = rewards.sign()  # [DETAIL] as a3c.py does; what is reported are the game's points
     with torch.no_grad():
-        x, next_x = agent.obs_norm(obs), agent.obs_norm(next_obs)
-        values, next_values = (agent.value_norm.inverse(agent.critic(y).squeeze(-1)) for y in (x, next_x))
+        x, next_x = agent.obs_norm(obs.flatten(0, 1)), agent.obs_norm(next_obs.flatten(0, 1))
+        values, next_values = (agent.value_norm.inverse(agent.critic(y)).view_as(rewards) for y in (x, next_x))
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
         # [DETAIL] A of mean 0 varies the gradient less; its variance of 1 lets one λ fit any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    x, action, advantage, target = (y.flatten(0, 1) for y in (x, actions, advantages, agent.value_norm(returns)))
+    action, advantage, target = (y.flatten(0, 1) for y in (actions, advantages, agent.value_norm(returns)))
+    vine = None
+    if args.vine:
+        states, branches, q = (y.to(theta.device) for y in rollout.vine)
+        q = q - q.mean(-1, keepdim=True)
+        vine = [agent.obs_norm(states), branches, q / (q.std(correction=0) + 1e-8)]  # like A
     if args.solver == "cg":
-        metrics = solve_cg(agent, theta, x, action, advantage, args)
+        metrics = solve_cg(agent, theta, x, action, advantage, args, vine)
     else:
-        metrics = solve_penalty(agent, theta, policy_optimizer, x, action, advantage, args)
+        metrics = solve_penalty(agent, theta, policy_optimizer, x, action, advantage, args, vine)
     metrics |= fit_values(agent, phi, value_optimizer, x, target, args, gradient)
     old.load_state_dict(agent.state_dict())  # θ ← θ'
     with torch.no_grad():
@@ -569,6 +668,12 @@ class Run:
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Iterates from the start or from a checkpoint; returns the exit code."""
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
+    simulators = []
+    if args.vine:
+        K = agent.actor[-1].out_features if agent.discrete else args.vine_actions
+        simulators = [make_env(args.env_id) for _ in range(K)]
+        copy_state(envs[0], simulators[0])
+        batch_size += args.vine_states * K * args.vine_steps
     end = args.total_timesteps - (args.total_timesteps - step) % batch_size
     if end <= step:
         raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
@@ -587,14 +692,15 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     with run.bar:
         with contextlib.suppress(KeyboardInterrupt):
             actors = [Actor(env, run.bar) for env in envs]
-            while step < end and not run.signal:
+            branches = [Actor(env, run.bar) for env in simulators]
+            while step + batch_size <= end and not run.signal:
                 run.collecting = True
-                rollout = collect(old, actors, args.num_steps)
+                rollout = collect(old, actors, branches, args)
                 run.collecting = False
                 losses = update(agent, old, theta, phi, policy_optimizer, value_optimizer, rollout, args, gradient)
                 for steps, episodic_return, length in rollout.episodes:
                     run.log(step + steps, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-                step += batch_size
+                step += rollout.steps
                 run.log(step, losses)
                 if time.time() > run.due:
                     run.save(step)

@@ -51,10 +51,8 @@ FLAGS_OF_GRADIENTS = {
     "no_learning": (["--learning-rate", "0"], "--learning-rate"),
     "a_learning_rate_that_is_no_number": (["--learning-rate", "nan"], "--learning-rate"),
 }
-NO_ENVS = {
-    "no_actors": (["--num-envs", "0"], "--num-envs"),
-    "a_game": (["--env-id", "ALE/Pong-v5"], "a3c.py"),
-}
+NO_ACTORS = {"no_actors": (["--num-envs", "0"], "--num-envs")}
+NO_ENVS = NO_ACTORS | {"a_game": (["--env-id", "ALE/Pong-v5"], "a3c.py")}
 FLAGS_OF_ONE = {
     "reinforce": NO_ENVS | FLAGS_OF_GRADIENTS | {
         "a_value_lr_of_nothing": (["--value-lr", "0"], "--value-lr"),
@@ -79,12 +77,14 @@ FLAGS_OF_ONE = {
         "negative_noise": (["--noise-std", "-0.1"], "--noise-std"),
         "an_unknown_noise": (["--noise", "pink"], "--noise"),
     },
-    "trpo": NO_ENVS | FLAGS_OF_ROLLOUTS | {
+    "trpo": NO_ACTORS | FLAGS_OF_ROLLOUTS | {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),
         "no_trust": (["--kl-constraint", "0"], "--kl-constraint"),
         "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
         "no_search": (["--backtrack-iters", "0"], "--backtrack-iters"),
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
+        "a_vine_without_a_simulator": (["--vine", "--env-id", "CartPole-v1"], "--vine"),
+        "an_unknown_game": (["--env-id", "ALE/Nothing-v5"], "Nothing"),
     },
     "ppo_clip": NO_ENVS | FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {
         "a_clip_coef_of_nothing": (["--clip-coef", "0"], "--clip-coef"),

@@ -16,7 +16,7 @@ OWN = {
     "reinforce": {"Args.seed", "Args.num_envs", "Args.learning_rate", "Args.value_lr", "Args.__post_init__",
                   "Agent.__init__", "log_prob", "collect", "update", "train"},
     "trpo": {"Args.num_steps", "Args.compile", "Args.gae_lambda", "Args.minibatch_size", "Args.update_epochs",
-             "Args.__post_init__", "Agent.__init__", "gae", "collect", "update", "train"},
+             "Args.env_id", "Args.__post_init__", "make_env", "Agent.__init__", "gae", "collect", "update", "train"},
     "ppo_clip": {"minibatch_gradient", "update", "train"},
     "ppo_kl": {"Args.__post_init__", "Agent.__init__", "update", "train"},
 }
@@ -61,3 +61,9 @@ def test_the_sections_are_the_same_in_every_script():
     banners = {script.name: re.findall(r"^# [─═]{2} (.*?) [─═]+$", script.source, re.M) for script in SCRIPTS}
     assert all(titles == banners["ppo_clip"] for titles in banners.values()), banners
     assert banners["ppo_clip"][:2] == ["Arguments", "Environments"] and len(banners["ppo_clip"]) == 7
+
+
+def test_the_two_that_play_atari_make_their_environments_in_the_same_way():
+    a3c, trpo = (script for script in SCRIPTS if script.name in ("a3c", "trpo"))
+    texts = [re.search(r"^def make_env.*?(?=^\S)", script.source, re.M | re.S)[0] for script in (a3c, trpo)]
+    assert texts[0] == texts[1]

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,13 +15,14 @@ from tqdm import tqdm
 
 import ppo_clip
 import trpo
+from helpers import complaints, metrics, only_run, run_here
 from oracles import (
     Clock, Process, agent_of, assert_acts_alone, assert_each_pass_has_all_in_an_order_of_its_own,
     assert_equal_to_the_bit, code, flat, frozen, gradient, passes_of, policy, value,
 )
 from trpo import (
-    Actor, Args, Rollout, as_vector, ascended_dual, collect, conjugate_gradient, fit_values, gae, log_prob, make_env,
-    solve_cg, solve_penalty, surrogate, update,
+    Actor, Args, Rollout, as_vector, ascended_dual, branch, collect, conjugate_gradient, copy_state, fit_values, gae,
+    log_prob, make_env, solve_cg, solve_penalty, surrogate, update, vine_objective, vine_surrogate,
 )
 
 BAR = tqdm(disable=True)
@@ -32,7 +35,7 @@ def seeded():
 
 
 def test_what_is_only_documented_otherwise_than_in_ppo_clip_does_the_same():
-    assert code(trpo.gae) == code(ppo_clip.gae) and code(trpo.collect) == code(ppo_clip.collect)
+    assert code(trpo.gae) == code(ppo_clip.gae)
 
 
 # ── The surrogate ───────────────────────────────────────────────────────────────────────────────────────────
@@ -377,7 +380,7 @@ def test_each_update_of_a_run_stays_in_the_trust_region_and_gains(env_id, monkey
 
     monkeypatch.setattr(trpo, "solve_cg", watched)
     for _ in range(10):
-        update(agent, old, theta, phi, None, optimizer, collect(old, actors, 128), args)
+        update(agent, old, theta, phi, None, optimizer, collect(old, actors, [], args), args)
     assert len(moved) == 10 and sum(moved) >= 9
 
 
@@ -441,7 +444,7 @@ def test_the_policy_stays_the_nearer_the_higher_the_price(space):
 def rollout_of(agent, T=16, N=4):
     obs = torch.randn(T + 1, N, 4).double()
     actions = policy(agent, agent.obs_norm(obs[:-1])).sample()
-    return Rollout(obs[:-1], actions, torch.randn(T, N).double(), obs[1:], *(torch.rand(2, T, N) < 0.2), [])
+    return Rollout(obs[:-1], actions, torch.randn(T, N).double(), obs[1:], *(torch.rand(2, T, N) < 0.2), [], [], T * N)
 
 
 def updated(agent, rollout, **settings):
@@ -481,7 +484,7 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
     agent, seen = agent_of(trpo, space), {}
     rollout, fit = rollout_of(agent), fit_values
 
-    def solver(agent, theta, x, action, advantage, args):
+    def solver(agent, theta, x, action, advantage, args, vine):
         seen.update(x=x, action=action, advantage=advantage)
         return {}
 
@@ -520,7 +523,7 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
     old = copy.deepcopy(agent)
     update_with(agent, old, rollout_of(agent), solver=solver, update_epochs=2)
     assert_equal_to_the_bit(old, agent)
-    assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
+    assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], [], Args(num_steps=20))[:6])
 
 
 def test_each_pass_shows_the_critic_every_step_in_an_order_of_its_own():
@@ -552,3 +555,201 @@ def test_the_critic_descends_its_squared_error():
         for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.data -= 0.1 * slope
     torch.testing.assert_close(phi.detach(), flat(parameters).detach())
+
+
+# ── The vine ────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Tabular(gym.Env):
+    """A decision process to step through, observed as one number out of S; its state can be copied as MuJoCo's can."""
+
+    def __init__(self, process):
+        self.process, self.data = process, SimpleNamespace(state=0)
+        self.observation_space, self.action_space = Box(0, 1, process.shape[:1]), Discrete(process.shape[1])
+
+    def observe(self):
+        return np.eye(self.process.shape[0] + 1, self.process.shape[0])[self.data.state]
+
+    def reset(self, seed=None, options=None):
+        self.data.state = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        P = self.process.P[self.data.state, action].numpy()
+        reward = self.process.R[self.data.state, action].item()
+        self.data.state = np.random.choice(len(P) + 1, p=[*P, 1 - P.sum()])
+        return self.observe(), reward, self.data.state == len(P), False, {}
+
+
+def tabular_agent(process, theta):
+    """π of the scores θ, V exact"""
+    S, A = process.shape
+    agent = trpo.Agent(Box(0, 1, (S,)), Discrete(A)).double()
+    agent.actor, agent.critic = (nn.Sequential(nn.Linear(S, n, bias=False).double()) for n in (A, 1))
+    agent.actor[0].weight.data, agent.critic[0].weight.data = theta.T.clone(), process.values(theta)[0][None]
+    agent.obs_norm = nn.Identity()
+    return agent
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_a_branchs_return_is_in_the_mean_the_exact_q_of_its_action(steps, monkeypatch):
+    process, theta, _ = pair(3, 0.9)
+    monkeypatch.setattr(np, "array", lambda x, dtype=None: np.asarray(x, float).copy())  # not float32
+    agent, Q = tabular_agent(process, theta), process.values(theta)[1]
+    actor, *simulators = (Actor(Tabular(process), BAR) for _ in range(4))
+    np.random.seed(0)
+    for state in (0, 2):
+        actor.env.data.state = state
+        actor.obs = actor.env.observe()
+        with torch.no_grad():
+            found = [branch(agent, actor, simulators, Args(gamma=0.9, vine_steps=steps)) for _ in range(2000)]
+        states, actions, q, taken = zip(*found)
+        assert all(x.tolist() == actor.obs.tolist() for x in states)
+        assert all(a.tolist() == [0, 1, 2] for a in actions)
+        q = torch.stack(q).double()
+        assert (abs(q.mean(0) - Q[state]) < 4 * q.std(0) / len(q) ** 0.5 + 1e-6).all()
+        assert max(taken) <= 3 * steps and min(taken) >= 3 and (steps == 1 or len(set(taken)) > 1)
+        assert actor.env.data.state == state
+
+
+@PROCESSES
+def test_the_gradient_of_the_vine_with_all_actions_is_the_policy_gradient(seed, gamma):
+    process, theta, _ = pair(seed, gamma)
+    agent, Q = tabular_agent(process, theta), process.values(theta)[1]
+    visits, slope = process.visits(theta).sum(1), 0
+    for s, state in enumerate(torch.eye(4).double()):
+        objective = vine_objective(agent, state[None], torch.arange(3)[None], Q[s : s + 1])
+        slope = slope + visits[s] * torch.autograd.grad(objective(), agent.actor[0].weight)[0].T
+    torch.testing.assert_close(slope, process.gradient_of_J(theta), rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_of_the_vine_with_k_samples_is_in_the_mean_k_less_1_kths_of_the_policy_gradient():
+    """Self-normalised: the mean of the samples' own Q̂ is the baseline, and a part of each."""
+    process, theta, _ = pair(0, 0.9)
+    scores, Q = theta[0].clone().requires_grad_(), process.values(theta)[1][0]
+    log_pi = scores.log_softmax(-1)
+    (exact,) = torch.autograd.grad((log_pi.exp() * Q).sum(), scores, retain_graph=True)
+    for K in (2, 3):
+        mean = 0
+        for drawn in torch.cartesian_prod(*[torch.arange(3)] * K):
+            log_weight = log_pi[drawn] - log_pi[drawn].detach()
+            value = vine_surrogate(log_weight[None], Q[drawn][None])
+            mean = mean + log_pi[drawn].sum().exp().detach() * torch.autograd.grad(value, scores, retain_graph=True)[0]
+        torch.testing.assert_close(mean, (K - 1) / K * exact)
+
+
+def test_the_vine_weighs_samples_by_the_ratio_of_the_policies():
+    agent, states = agent_of(trpo, Box(-1, 1, (2,))), torch.randn(5, 4).double()
+    actions, q = torch.randn(5, 3, 2).double(), torch.randn(5, 3).double()
+    objective, before = vine_objective(agent, states, actions, q), frozen(agent, states)
+    torch.testing.assert_close(objective(), q.mean())
+    with torch.no_grad():
+        agent.actor[0].weight += 0.3 * torch.randn_like(agent.actor[0].weight)
+        agent.log_std += 0.2
+    now, of_each = policy(agent, states), actions.transpose(0, 1)
+    w = (now.log_prob(of_each) - before.log_prob(of_each)).exp().T
+    torch.testing.assert_close(objective(), ((w * q).sum(1) / w.sum(1)).mean())
+
+
+def moving(env_id):
+    """An agent, an actor some steps into an episode, and four simulators"""
+    if env_id.startswith("ALE/"):
+        pytest.importorskip("ale_py")
+    actor, *simulators = (Actor(make_env(env_id), BAR) for _ in range(5))
+    agent = trpo.Agent(actor.env.observation_space, actor.env.action_space)
+    for _ in range(20):
+        actor.step(agent.act(torch.from_numpy(actor.obs)[None], agent.noise(1)).detach().numpy()[0])
+    return agent, actor, simulators
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Reacher-v5", "Humanoid-v5", "ALE/Breakout-v5", "ALE/Seaquest-v5"])
+def test_a_simulator_goes_on_from_an_environments_state_to_the_bit(env_id):
+    _, actor, simulators = moving(env_id)
+    for simulator in simulators[:2]:
+        copy_state(actor.env, simulator.env)
+    actor.env.action_space.seed(0)
+    for _ in range(30):
+        action = actor.env.action_space.sample()
+        there, *rest = actor.step(action)
+        for simulator in simulators[:2]:
+            seen, *others = simulator.step(action)
+            assert np.array_equal(seen, there) and others[:2] == rest[:2]  # its time limit is its own
+        if any(rest[1:]):
+            break
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "ALE/Breakout-v5"])
+@torch.no_grad()
+def test_the_same_random_numbers_make_the_same_branch_and_leave_the_actor_where_it_is(env_id):
+    agent, actor, simulators = moving(env_id)
+    obs, length = actor.obs.copy(), actor.length
+    torch.manual_seed(3)
+    states, actions, q, steps = branch(agent, actor, simulators, Args(vine_steps=10))
+    torch.manual_seed(3)
+    again = branch(agent, actor, simulators, Args(vine_steps=10))
+    assert torch.equal(again[1], actions) and torch.equal(again[2], q) and again[3] == steps
+    assert actor.length == length and np.array_equal(actor.obs, obs) and torch.equal(states, torch.from_numpy(obs))
+    if not agent.discrete:  # of one first action all branches are one
+        agent.log_std -= 100
+        _, actions, q, _ = branch(agent, actor, simulators, Args(vine_steps=10))
+        assert (actions == actions[0]).all() and (q == q[0]).all()
+
+
+@torch.no_grad()
+def test_the_branches_of_a_state_share_what_is_random_after_their_first_action(monkeypatch):
+    agent, actor, simulators = moving("Hopper-v4")
+    taken, act = [], agent.act
+    monkeypatch.setattr(agent, "act", lambda obs, noise: taken.append((act(obs), act(obs, noise))) or taken[-1][1])
+    branch(agent, actor, simulators, Args(vine_steps=6))
+    (mean, first), *later = taken
+    assert len(later) == 5 and (first - mean).std(0).min() > 0.01
+    for mean, action in later:
+        torch.testing.assert_close((action - mean), (action - mean)[:1].expand(4, -1))
+
+
+@pytest.mark.parametrize("solver", ["cg", "penalty"])
+def test_a_run_with_a_vine_counts_every_step_and_learns_from_its_branches(solver, tmp_path, monkeypatch):
+    steps, step, seen = [], Actor.step, []
+    monkeypatch.setattr(Actor, "step", lambda *args: steps.append(1) or step(*args))
+    monkeypatch.setattr(trpo, "vine_surrogate", lambda *args: seen.append(args[1].shape) or vine_surrogate(*args))
+    flags = ("--vine", "--vine-states", 3, "--vine-actions", 5, "--vine-steps", 7, "--num-envs", 2, "--num-steps", 64,
+             "--env-id", "Hopper-v4", "--solver", solver, "--runs-dir", tmp_path)
+    assert run_here(trpo, *flags, "--total-timesteps", 128 + 104)[0] == 2 and not steps  # an iteration may take 233
+    code, _, err = run_here(trpo, *flags, "--total-timesteps", 500)
+    assert (code, complaints(err)) == (0, [])
+    total = int(metrics(only_run(tmp_path))[-1]["global_step"])
+    assert total == len(steps) and 256 < total <= 500 and {*seen} == {(3, 5)}
+    code, _, err = run_here(trpo, "--resume", only_run(tmp_path), "--total-timesteps", 800)
+    assert (code, complaints(err)) == (0, [])
+    assert int(metrics(only_run(tmp_path))[-1]["global_step"]) == len(steps)
+
+
+# ── Atari ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("flags", [("--cg-subsampling", 5), ("--vine", "--vine-states", 2, "--vine-steps", 3)],
+                         ids=["single path", "vine"])
+def test_a_game_is_learned_from(flags, tmp_path):
+    pytest.importorskip("ale_py")
+    code, _, err = run_here(trpo, "--env-id", "ALE/Breakout-v5", "--num-envs", 2, "--num-steps", 20, "--update-epochs", 1,
+                            "--total-timesteps", 90, "--runs-dir", tmp_path, *flags)
+    assert (code, complaints(err)) == (0, [])
+    row = [row for row in metrics(only_run(tmp_path)) if row["losses/kl"]][-1]
+    assert 0 < float(row["losses/kl"]) <= 0.01
+
+
+def test_of_frames_the_rewards_signs_are_learned_from():
+    agent = trpo.Agent(Box(0, 255, (4, 84, 84), np.uint8), Discrete(3))
+    T, N = 3, 2
+    obs, rewards, flags = 255 * torch.rand(T, N, 4, 84, 84), 100 * torch.randn(T, N), torch.ones(2, T, N, dtype=bool)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trpo, "gae", lambda rewards, *rest: seen.append(rewards) or gae(rewards, *rest))
+        update_with(agent, copy.deepcopy(agent), Rollout(obs, torch.zeros(T, N).long(), rewards, obs, *flags, [], [], 6))
+    assert torch.equal(seen[0], rewards.sign())
+
+
+def test_the_curvature_is_of_every_nth_step_alone(monkeypatch):
+    agent, *samples = problem(Discrete(3))
+    shapes, kl = [], trpo.kl_divergence
+    monkeypatch.setattr(trpo, "kl_divergence", lambda p, *rest: shapes.append(len(p)) or kl(p, *rest))
+    solved(agent, *samples, cg_subsampling=7)
+    assert shapes[1] == 6 and set(shapes[:1] + shapes[2:]) == {40}

@@ -36,6 +36,20 @@ PPO_TABLE = [
 ]
 PPO_ENV_IDS = ["HalfCheetah-v4", "Hopper-v4", "InvertedDoublePendulum-v4", "InvertedPendulum-v4", "Reacher-v4",
                "Swimmer-v4", "Walker2d-v4"]
+# The lecture's scores on Atari: a random policy, a human, TRPO with single path and with vine; of A3C over 57 games.
+ATARI = {
+    "BeamRider": (354, 7456, 1425.2, 859.5),
+    "Breakout": (1.2, 31.0, 10.8, 34.2),
+    "Enduro": (0, 368, 534.6, 430.8),
+    "Pong": (-20.4, -3.0, 20.9, 20.9),
+    "Qbert": (157, 18900, 1973.5, 7732.5),
+    "Seaquest": (110, 28010, 1908.6, 788.4),
+    "SpaceInvaders": (179, 3690, 568.4, 450.2),
+}
+A3C_OF_57_GAMES = {"A3C, FF, 1 day": (344.1, 68.2), "A3C, FF, 4 days": (496.8, 116.6),
+                   "A3C, LSTM, 4 days": (623.0, 112.6)}
+ATARI_RUNS = {"TRPO, single path": "trpo_atari", "TRPO, vine": "trpo_atari_vine", "A3C, FF": "a3c_atari",
+              "A3C, LSTM": "a3c_atari_lstm"}
 SCRIPTS = "reinforce", "a3c", "trpo", "ppo_clip", "ppo_kl", "ddpg"
 CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
 STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
@@ -204,6 +218,51 @@ def returns_table() -> str:
                  "| published | commit |", rows)
 
 
+def short_returns_table() -> str:
+    """The means of returns_table, a row per script: ours / published"""
+    rows, best = [], published()
+    for script in SCRIPTS:
+        cells = []
+        for env_id in CURVES:
+            trained = runs(script, env_id)
+            for measured, seeds in (("training", [run.score for run in trained]),
+                                    ("evaluation", [run.about["evaluated"] for run in trained])):
+                figure, _ = best.get((script, env_id, measured), (np.nan, ""))
+                mean = f"**{np.mean(seeds):.0f}**" if np.mean(seeds) >= figure else f"{np.mean(seeds):.0f}"
+                cells.append(mean if np.isnan(figure) else f"{mean} / {figure:.0f}")
+        rows.append((f"`{script}`", *cells))
+    return table("| script | " + " | ".join(f"{env_id}: in training | evaluated" for env_id in CURVES) + " |", rows)
+
+
+def atari_scores() -> dict[str, list[float]]:
+    """Of each method the games' scores: the lecture's, and ours as the mean of the last 100 episodes in training"""
+    random, human, *lecture = np.array([*ATARI.values()]).T
+    scores = {"random": random, "human": human}
+    scores |= {f"{name}: the lecture's": of for name, of in zip(ATARI_RUNS, lecture)}
+    for name, row in ATARI_RUNS.items():
+        scores[name] = np.array([runs(row, f"ALE/{game}-v5")[0].score if runs(row, f"ALE/{game}-v5") else np.nan
+                                 for game in ATARI])
+    return scores
+
+
+def atari_table() -> str:
+    rows = []
+    for name, scores in atari_scores().items():
+        trained = sum((runs(ATARI_RUNS[name], f"ALE/{game}-v5") for game in ATARI if name in ATARI_RUNS), [])
+        rows.append((name, *("not run" if np.isnan(x) else number(x) for x in scores), commits(trained)))
+    return table(f"| | {' | '.join(ATARI)} | commit |", rows)
+
+
+def human_table() -> str:
+    """Human-normalised: a random policy has 0%, a human 100%."""
+    scores, rows = atari_scores(), [(name, 57, mean, middle) for name, (mean, middle) in A3C_OF_57_GAMES.items()]
+    for name, of in [*scores.items()][2:]:
+        shares = 100 * (of - scores["random"]) / (scores["human"] - scores["random"])
+        known = shares[~np.isnan(shares)]
+        rows.append((name, len(known), *(f"{of_all(known):.1f}" if len(known) else "" for of_all in (np.mean, np.median))))
+    return table("| | games | mean, % | median, % |", rows)
+
+
 def highest(some: list[Run]) -> float:
     """Mean of the seeds' latest 10 episodes, each 5000 steps: the highest"""
     shortest = min(len(run.about["latest_10"]) for run in some)
@@ -230,7 +289,7 @@ def others_table() -> str:
     for path in sorted(RESULTS.glob("*/*/")):
         name, env_id = path.parts[-2:]
         trained = runs(name, env_id)
-        if name != "random" and env_id != "CartPole-v1" and not (name in SCRIPTS and env_id in CURVES):
+        if name not in ("random", *ATARI_RUNS.values()) and env_id != "CartPole-v1" and not (name in SCRIPTS and env_id in CURVES):
             rows.append((name, env_id, f"{max(run.about['steps'] for run in trained) / 1e6:.2g}M",
                          " ".join(number(run.score) for run in trained),
                          " ".join(number(run.about["evaluated"]) for run in trained if "evaluated" in run.about), commits(trained)))
@@ -261,13 +320,25 @@ def measurements(name: str) -> dict[tuple[str, str], list[tuple[int, int]]]:
     return measured
 
 
-def speed_table(env_ids: tuple[str, ...] = ("Hopper-v4", "CartPole-v1"), peers: bool = True) -> str:
+def short_speed_table(env_id: str = "Hopper-v4") -> str:
+    """A row per script: medians, with --compile where there is one, and the fastest peer"""
+    rates = {program: f"{median(rate for rate, _ in repeats):.0f}"
+             for (where, program), repeats in measurements("speed").items() if where == env_id}
+    rows = []
+    for script, flags in (("reinforce", ""), ("a3c", " --num-workers 2"), ("trpo", ""), ("ppo_clip", ""), ("ppo_kl", ""),
+                          ("ddpg", " --learning-starts 1000")):
+        peers = [peer for peer in peers_of(script) if peer in rates]
+        fastest = max(peers, key=lambda peer: int(rates[peer]), default="")
+        rows.append((f"`{script}`", rates[script + flags], rates.get(f"{script}{flags} --compile", ""), fastest,
+                     rates.get(fastest, "")))
+    return table("| script | steps/s | with `--compile` | fastest peer | its steps/s |", rows)
+
+
+def speed_table() -> str:
     """Each program's medians and ranges, and each script beside the fastest of its peers and the bare environment."""
     measured, rows = measurements("speed"), []
     rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
     for (env_id, program), repeats in measured.items():
-        if env_id not in env_ids or program.startswith("SB") and not peers:
-            continue
         rate, share = rates[env_id, program], f"{rates[env_id, program] / rates[env_id, 'environment']:.0%}"
         low, *_, high = sorted(rate for rate, _ in repeats)
         others = {other: rates[env_id, other] for other in peers_of(program) if (env_id, other) in rates}
@@ -343,9 +414,9 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 
 
 TABLES = {
-    "README.md": {"lines": lines_table, "returns": returns_table, "ppo": partial(ppo_table, environments=False),
-                  "speed": partial(speed_table, ("Hopper-v4",), peers=False)},
-    "tests/benchmark/README.md": {"highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
+    "README.md": {"lines": lines_table, "returns": short_returns_table,
+                  "ppo": partial(ppo_table, environments=False), "speed": short_speed_table},
+    "tests/benchmark/README.md": {"returns": returns_table, "atari": atari_table, "human": human_table, "highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
                                   "solved": solved_table, "speed": speed_table, "growth": growth_table,
                                   "cuda": cuda_table},
 }

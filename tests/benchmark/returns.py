@@ -5,12 +5,12 @@
     python tests/benchmark/returns.py --work /tmp/grid --ray 10.0.0.1:6379  # the same on all machines of a Ray cluster
 
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result has a row for every 10,000 steps of
-training, under one line of comment with the command, commit and versions, the mean return of 100 episodes of the
-trained agent without exploration (`--evaluate`), the median of each loss, and what else the tables need. What a cell
-was doing when it was stopped, and the log of one that failed, stay in --work. A row with minutes is not trained to the end of its schedule:
-its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its script says, counts with the episodes until
-then and its last checkpoint. A run that was stopped and resumed has begun new episodes there, so its numbers are not
-those that its command alone gives: its result says "resumed".
+training, under one line of comment with the command, commit and versions, the mean return of 100 episodes (of an Atari
+game 10) of the trained agent without exploration (`--evaluate`), the median of each loss, and what else the tables
+need. What a cell was doing when it was stopped, and the log of one that failed, stay in --work. A row with minutes is
+not trained to the end of its schedule: its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its
+script says, counts with the episodes until then and its last checkpoint. A run that was stopped and resumed has begun
+new episodes there, so its numbers are not those that its command alone gives: its result says "resumed".
 
 On a Ray cluster, --work is a folder of each machine, or better one that all of them share: a cell whose machine is lost
 is begun anew where another finds nothing of it, and gone on with otherwise. Only this process writes results.
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "gymnasium", "mujoco", "numpy")
+PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
 ROW = 10_000  # steps
 RETRIES = 5  # of a cell whose Ray worker dies
 ENDS = "go beyond step", "n't finite"  # of a run's error: stopped between training and evaluation; diverged
@@ -128,7 +128,8 @@ def result(trained: Path, cell: Cell, command: list[str], root: Path, commit: st
     """Evaluates the run in a folder, and tells its results."""
     with (trained / "metrics.csv").open() as source:
         rows = list(csv.DictReader(source))
-    evaluate = [sys.executable, command[1], "--evaluate", str(trained), "--eval-episodes", "100"]
+    number = "10" if cell.env_id.startswith("ALE/") else "100"  # a game takes up to half a minute
+    evaluate = [sys.executable, command[1], "--evaluate", str(trained), "--eval-episodes", number]
     lines = subprocess.run(evaluate, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
     evaluated = [float(line.split()[3].strip(",")) for line in lines.splitlines() if line.startswith("episode")]
     speeds = [int(row["charts/SPS"]) for row in rows if row["charts/SPS"]]

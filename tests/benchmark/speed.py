@@ -4,6 +4,7 @@
     python tests/benchmark/speed.py             # writes results/speed.csv: the scripts beside their peers
     python tests/benchmark/speed.py --growth    # writes results/growth.csv: the scripts by their number of actors
     python tests/benchmark/speed.py --cuda      # writes results/cuda.csv: the scripts on the CPU and on the GPU
+    python tests/benchmark/speed.py --atari     # writes results/atari.csv: a3c.py on Pong beside its peer
 
 The programs take turns (three times, for growth once), so that a machine whose speed drifts slows all of them alike.
 Each measurement is a process of its own. The first third of its steps, in which compilers work, is not counted. A
@@ -29,6 +30,7 @@ from returns import describe, head
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 3
 CORES = os.cpu_count()
@@ -61,6 +63,10 @@ GROWTH = [
     ("ddpg --learning-starts 990000", 1_000_000),  # a full replay buffer, and what it takes to save it
 ]  # fmt: skip
 PONG = "ALE/Pong-v5"  # a step of it takes as long as many of Hopper
+ATARI = [
+    ("environment", 60_000), ("a3c --num-workers 1", 60_000), ("a3c --num-workers 2", 120_000),
+    ("SB3 A2C, 2 actors", 60_000),
+]  # fmt: skip
 CUDA = [
     (f"{program} {device}", steps) for program, steps in (
         ("ppo_clip", 12 * 2048), ("ppo_kl", 12 * 2048), ("trpo", 12 * 2048), ("a3c --num-workers 2", 20_000),
@@ -75,11 +81,20 @@ def rate(times: list[tuple[int, float]]) -> float:
     return (last - first) / (end - begin)
 
 
-def environment(env_id: str, steps: int) -> float:
-    """Random actions and nothing else."""
+def make_env(env_id: str):
+    """As the script sees it, where that is more than a library's"""
     import gymnasium as gym
 
-    env, times = gym.make(env_id), []
+    if env_id != PONG:
+        return gym.make(env_id)
+    import a3c
+
+    return a3c.make_env(env_id)
+
+
+def environment(env_id: str, steps: int) -> float:
+    """Random actions and nothing else."""
+    env, times = make_env(env_id), []
     env.reset(seed=1)
     env.action_space.seed(1)
     for step in range(steps):
@@ -100,6 +115,23 @@ def script(program: str, env_id: str, steps: int) -> float:
         (metrics,) = Path(runs).glob("*/metrics.csv")
         rows = [(int(row["global_step"]), row["charts/SPS"]) for row in csv.DictReader(metrics.open())]
     return rate([(step, step / float(sps)) for step, sps in rows if sps and float(sps)])
+
+
+def body_of_a3c() -> type:
+    """Of a3c.py's network all but the heads, for stable-baselines3"""
+    import a3c
+    from gymnasium.spaces import Discrete
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+    class Body(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 256)
+            self.body = a3c.Agent(space, Discrete(6)).body
+
+        def forward(self, obs):
+            return self.body(obs)
+
+    return Body
 
 
 def peer(program: str, env_id: str, steps: int) -> float:
@@ -133,7 +165,10 @@ def peer(program: str, env_id: str, steps: int) -> float:
         "DDPG": {"batch_size": batch_size, "learning_starts": 1000, "train_freq": 1, "gradient_steps": 1,
                  "policy_kwargs": {"net_arch": [256, 256]}},
     }[name]  # fmt: skip
-    model = getattr(library, name)("MlpPolicy", make_vec_env(env_id, n_envs=n, seed=1), **options)
+    policy = "MlpPolicy"
+    if env_id == PONG:
+        policy, options["policy_kwargs"] = "CnnPolicy", {"features_extractor_class": body_of_a3c(), "net_arch": []}
+    model = getattr(library, name)(policy, make_vec_env(lambda: make_env(env_id), n_envs=n, seed=1), **options)
     times = [(0, time.perf_counter())]
     model.learn(steps, callback=Clock())
     return rate(times)
@@ -153,7 +188,7 @@ def measure(program: str, env_id: str, steps: int) -> tuple[float, float]:
 
 def suits(program: str, env_id: str) -> bool:
     if env_id == PONG:
-        return program.startswith("a3c")
+        return program in dict(ATARI) or program.startswith("a3c")
     return env_id != "CartPole-v1" or "ddpg" not in program.lower()
 
 
@@ -161,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--growth", action="store_true", help="measure the scripts by their number of actors")
     parser.add_argument("--cuda", action="store_true", help="measure the scripts on the CPU and on the GPU")
+    parser.add_argument("--atari", action="store_true", help="measure a3c.py on Pong beside its peer")
     parser.add_argument("--measure", nargs=3, metavar=("PROGRAM", "ENV_ID", "STEPS"), help="one measurement, to stdout")
     args = parser.parse_args()
     if args.measure:
@@ -169,6 +205,8 @@ def main() -> None:
     path, programs, env_ids, repeats, more = RESULTS / "speed.csv", PROGRAMS, ENV_IDS, REPEATS, {"cores": CORES}
     if args.growth:
         path, programs, env_ids, repeats = RESULTS / "growth.csv", GROWTH, ENV_IDS[:1], 1
+    elif args.atari:
+        path, programs, env_ids = RESULTS / "atari.csv", ATARI, (PONG,)
     elif args.cuda:
         import torch
 
