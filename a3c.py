@@ -10,8 +10,7 @@
 
     python a3c.py --env-id Hopper-v4 --num-workers 2                                # 3 minutes: return about 1350
     python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000    # 30 seconds: return about 500
-    python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --lstm --ent-coef 0.01 --total-timesteps 10000000
-                                                                        # from −20 to about 0 in the first hour
+    python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --lstm --ent-coef 0.01 --total-timesteps 10000000   # hours
 
 Slides "复习A2C：优势Actor-Critic", "A3C: 异步A2C方法", "A3C算法" (Mnih et al. 2016, arXiv:1602.01783, algorithm S3)
 
@@ -97,7 +96,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector, or an Atari game ALE/…; any kind of actions
+    env_id: str = "Hopper-v4"  # environment that observes a vector, or an Atari game ALE/…; Box or Discrete actions
     seed: int = 1  # of the networks, the actions and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_workers: int = 4  # actor-learners, each a process with an environment of its own
@@ -146,8 +145,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     if env_id.startswith("ALE/"):
-        # [DETAIL] As the paper sees a game: the last 4 frames in 84×84 grey points, an action for every 4. It has no
-        # sticky actions, so v5's are off.
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
+        # 30 frames without one at first. v5's sticky actions came later, and are off.
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
@@ -394,7 +393,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         # [A3C-14] for i ∈ {t−1, …, t_start} do
         rewards = torch.tensor(rewards, dtype=torch.float32)
         if agent.frames:
-            rewards = rewards.sign()  # [DETAIL] One step size then fits all games, whatever their points are worth.
+            rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
         # [A3C-15] R ← r_i + γ R
         returns = n_step_returns(rewards, bootstrap, args.gamma)
         # [DETAIL] R and V in units of the returns' deviation: one step size then fits rewards of any size.

@@ -9,10 +9,10 @@
 """TRPO: each update goes as far as a trust region, an expected KL of ε, lets it.
 
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
-    python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 20 seconds: return about 500
+    python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 30 seconds: return about 500
     python trpo.py --env-id ALE/Pong-v5 --vine --cg-iters 10 --cg-subsampling 10 --update-epochs 4
 
-Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略改进的单调性保证" (Schulman et al. 2015, arXiv:1502.05477)
+Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果比较" (Schulman et al. 2015, arXiv:1502.05477)
 
     J-1         J(θ) = E_{τ~pθ(τ)}[ Σ_t γ^t r(s_t,a_t) ]
     J-2         J(θ) = E_{s0}[ V^πθ(s_0) ]
@@ -25,8 +25,9 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略�
     TRPO-OBJ    θ' ← argmax_θ' Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]
     TRPO-KL     such that E_{s_t~pθ}[ D_KL(πθ'(a_t|s_t) ‖ πθ(a_t|s_t)) ] ≤ ε
     TRPO-MONO   J(θ') ≥ L_θ(θ') − C · D_KL^max(θ,θ'),  C = 4εγ/(1−γ)²,  ε = max_{s,a} |A_π(s,a)|,
-                L_θ(θ') = J(θ) + Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]: a small KL never does much harm
-                Solved under the constraint (--solver cg; without TRPO-CG-4 it is the natural policy gradient)
+                L_θ(θ') = J(θ) + Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]: what raises the right side raises J.
+                As C is far too large to use, the mean KL is bounded instead.
+                Solved under the constraint (--solver cg; without TRPO-CG-4 it is a natural policy gradient)
     TRPO-CG-1     g = ∇ of the surrogate at θ
     TRPO-CG-2     x ≈ H⁻¹ g by conjugate gradient, H = ∇² of the KL at θ (Fisher), only by products H v
     TRPO-CG-3     β = sqrt( 2ε / xᵀ H x )
@@ -37,36 +38,38 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "策略�
     TRPO-PEN-1    θ' ← argmax_θ' Σ_t E[ E[ (πθ'/πθ) γ^t A^πθ ] ] − λ ( D_KL(πθ' ‖ πθ) − ε )
     TRPO-PEN-2    λ ← λ + α ( D_KL(πθ' ‖ πθ) − ε )
 
-    The deck's table of results has a "TRPO - vine"; its lines are the paper's (5.2). With --vine they replace the
-    surrogate of the single path, (πθ'/πθ) A^πθ. They need a simulator that can be put back to s_n:
+    The deck's table of results names a "TRPO - vine", without pseudocode. These lines follow the paper (5.2). With
+    --vine they replace the surrogate of the single path, (πθ'/πθ) A^πθ. They need a simulator that can be put to s_n:
     VINE-1      choose M states s_n from the trajectories: the rollout set
     VINE-2      at each s_n take K actions a_{n,k}: all of them, or samples of πθ(·|s_n)
     VINE-3      after each, follow πθ for a short way, with the same random numbers for all K
-    VINE-4      Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L})
-    VINE-5      L(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]; of all actions w_k = πθ'(a_{n,k}|s_n), so that
-                Σ_k w_k = 1; of samples w_k = πθ'(a_{n,k}|s_n) / πθ(a_{n,k}|s_n)
+    VINE-4      Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L}), with s_t = s_n; no V where the episode ended
+    VINE-5      L_θ(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]; with all actions w_k = πθ'(a_{n,k}|s_n), so that
+                Σ_k w_k = 1; with samples w_k = πθ'(a_{n,k}|s_n) / πθ(a_{n,k}|s_n)
 
 Symbols     variable            shape     meaning
-    s_t     obs                 (T,N,S)   observation; next_obs is s_{t+1}, the true one also when an episode ends
+    s_t     obs                 (T,N,…)   observation; next_obs is s_{t+1}, the true one also when an episode ends
     a_t     actions             (T,N[,A]) continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (T,N)     reward. πθ'/πθ, the probability ratio, is `ratio`
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
     A^πθ    advantages          (T,N)     how much better a_t was than the policy's average action
     θ, φ    theta, phi          (P,)      parameters of the policy and of the value function, a vector each
-    x       natural             (P,)      H⁻¹ g, the natural gradient. In the code, x is a normalised observation
+    x       natural             (P,)      H⁻¹ g, the natural gradient. In the update, x is a normalised observation
     β x     step                (P,)      as long as the trust region allows
     α^i     backtrack_coef**i             what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
     λ       agent.dual                    price of the KL, in --solver penalty
-    Q̂       q                   (M,K)     what the vine's branches earned
+    s_n     states              (M,…)     where the vine branches. a_{n,k} is `tried` (M,K[,A])
+    Q̂       q                   (M,K)     discounted rewards of a branch, and V where it stops
     N, T, M, K, L, γ, ε                   settings: see Args. λ of the advantage (not on the slides) is gae_lambda
 
 Departures from the slides
-    J-SURR      leaves out γ^t, as the paper's experiments do: late steps of an episode would otherwise hardly count.
+    J-SURR      leaves out γ^t, as a plain mean over samples does: late steps of an episode would hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
     TRPO-CG-1   and the four lines after it are the paper's and the book's (动手学强化学习, 11.3): the deck only names the
                 Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
-    VINE-4      ends a branch with V, the paper's goes on. The KL stays a mean over all states, the paper's is over s_n.
+    VINE-4      adds V, and its bias, after a few steps; the paper has no V, and on MuJoCo branches of 50 to 100 steps.
+    VINE-5      has the KL's mean over all states beside it, the paper's is over the s_n.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
     [DETAIL]    marks whatever else the slides don't have, each with its reason.
 """
@@ -103,7 +106,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector, or an Atari game ALE/…; any kind of actions
+    env_id: str = "Hopper-v4"  # environment that observes a vector, or an Atari game ALE/…; Box or Discrete actions
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_envs: int = 8  # N: actors, each with an environment of its own
@@ -119,8 +122,8 @@ class Args:
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
     vine: bool = False  # compare K actions in each of M states by short branches, which count as steps, too
-    vine_states: int = 128  # M: states per iteration where the vine branches
-    vine_actions: int = 4  # K: branches of a state, where actions are continuous; otherwise one of each action
+    vine_states: int = 128  # M: states per iteration where the vine branches, at most N·T
+    vine_actions: int = 4  # K: branches of a state, where actions are continuous; otherwise one for each action
     vine_steps: int = 4  # L: steps of a branch
     value_lr: float = 1e-3  # Adam's step size for the value function
     minibatch_size: int = 128  # steps per gradient of the value function, and of --solver penalty
@@ -140,8 +143,8 @@ class Args:
 
     def __post_init__(self):
         for name, x in vars(self).items():
-            may_be_0 = name in ("seed", "gamma", "gae_lambda", "cg_damping")
-            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+            may_be_0, above = name in ("seed", "gamma", "gae_lambda", "cg_damping"), 1 if name == "vine_actions" else 0
+            if type(x) in (int, float) and not (x > above or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
 
@@ -163,8 +166,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     if env_id.startswith("ALE/"):
-        # [DETAIL] As the paper sees a game: the last 4 frames in 84×84 grey points, an action for every 4. It has no
-        # sticky actions, so v5's are off.
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
+        # 30 frames without one at first. v5's sticky actions came later, and are off.
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
@@ -185,10 +188,10 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 
 def copy_state(env: gym.Env, simulator: gym.Env) -> None:
     """The simulator goes on from where the environment stands, to the bit."""
-    if hasattr(env.unwrapped, "ale"):
+    if hasattr(env.unwrapped, "clone_state"):
         simulator.unwrapped.restore_state(env.unwrapped.clone_state())
         simulator.obs_queue = env.obs_queue.copy()
-    elif hasattr(env.unwrapped, "data"):  # MuJoCo's; rewards use more of it than positions and velocities
+    elif hasattr(env.unwrapped, "mujoco_renderer"):  # all data, as rewards use more than positions and velocities
         simulator.unwrapped.data = copy.copy(env.unwrapped.data)
     else:
         raise Failure(f"--vine can't copy the state of {env.spec.id}: choose an Atari game or a MuJoCo environment")
@@ -223,7 +226,7 @@ def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential
     """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
     if len(inputs) == 1:
         layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    else:  # the paper's for Atari; with frames half as wide it has about the paper's 33,500 parameters
+    else:  # [DETAIL] The paper's for Atari. On frames half as wide it has 31,000 parameters, the paper's 33,500.
         layers = [nn.AvgPool2d(2), nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(),
                   nn.Flatten(), nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
     for layer in layers:
@@ -330,7 +333,7 @@ def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
 def vine_surrogate(log_weight: Tensor, q: Tensor) -> Tensor:
     """E_n[ Σ_k w_k Q̂_k / Σ_k w_k ], w_k = e^log_weight (VINE-5; paper, eq. 15 and 16);   log_weight, q (M,K) → ()
 
-    A constant in q's row is one in the result: the estimate needs no baseline."""
+    Adding a constant to a row of q adds only a constant here, so q needs no baseline."""
     return (log_weight.softmax(-1) * q).sum(-1).mean()
 
 
@@ -384,7 +387,7 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length. Of the
-# vine s_n (M,S), a_{n,k} (M,K[,A]) and Q̂ (M,K); and all steps taken
+# vine s_n (M,…), a_{n,k} (M,K[,A]) and Q̂ (M,K); and all steps taken
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes vine steps")
 
 
@@ -402,8 +405,8 @@ def collect(old: Agent, actors: list[Actor], simulators: list[Actor], args: Args
         actions.append(old.act(torch.from_numpy(obs[t]), noise[t]))
         for n, (actor, action) in enumerate(zip(actors, actions[t].numpy())):
             if t * N + n in chosen:
-                *branches, taken = branch(old, actor, simulators, args)
-                vine.append(branches)
+                *sample, taken = branch(old, actor, simulators, args)
+                vine.append(sample)
                 steps += taken
             next_obs[t, n], rewards[t, n], terminated[t, n], truncated[t, n] = actor.step(action)
             if terminated[t, n] or truncated[t, n]:
@@ -414,25 +417,24 @@ def collect(old: Agent, actors: list[Actor], simulators: list[Actor], args: Args
 
 
 def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tuple[Tensor, Tensor, Tensor, int]:
-    """From s_n, where the actor stands, a short way with each simulator: s_n (S), a_{n,k} (K[,A]), Q̂ (K,), steps"""
+    """From s_n, where the actor stands, a short way with each simulator: s_n (…), a_{n,k} (K[,A]), Q̂ (K,), steps"""
     K, L, steps = len(simulators), args.vine_steps, 0
     for simulator in simulators:
         copy_state(actor.env, simulator.env)
     obs, q, terminated = np.array([actor.obs] * K), torch.zeros(K), np.zeros(K, bool)
     # [VINE-2] take K actions: all of them, or samples of πθ(·|s_n)
-    action = first = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
+    tried = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
     # [VINE-3] after each, follow πθ, with the same random numbers for all K. A time limit doesn't end a branch.
     noise = old.noise(L)
     for i in range(L):
-        if i > 0:
-            action = old.act(torch.from_numpy(obs), noise[i])
+        action = old.act(torch.from_numpy(obs), noise[i]) if i else tried
         for k in np.flatnonzero(~terminated):
             obs[k], reward, terminated[k], _ = simulators[k].step(action[k].numpy())
             q[k] += args.gamma**i * (np.sign(reward) if old.frames else reward)
             steps += 1
-    # [VINE-4] Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L})
+    # [VINE-4] Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L}), no V where the episode ended
     values = old.value_norm.inverse(old.critic(old.obs_norm(torch.from_numpy(obs))).squeeze(-1))
-    return torch.from_numpy(actor.obs), first, q + args.gamma**L * values * torch.from_numpy(~terminated), steps
+    return torch.from_numpy(actor.obs), tried, q + args.gamma**L * values * torch.from_numpy(~terminated), steps
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -455,12 +457,13 @@ def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> 
         return log_prob(outputs, agent.log_std, actions)
 
     drawn = 0.0 if agent.discrete else log_probs().detach()  # every discrete action is there once, none was drawn
-    # [VINE-5] L(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]
+    # [VINE-5] L_θ(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]
     return lambda: vine_surrogate(log_probs() - drawn, q)
 
 
 def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine: list | None = None) -> Callable:
-    """Compares what the agent becomes, πθ', with what it is now, πθ: objective and KL, on all steps or a minibatch."""
+    """Compares what the agent becomes, πθ', with what it is now, πθ: objective and KL, on all steps or a minibatch; the
+    vine's objective always on all its branches."""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
@@ -478,7 +481,7 @@ def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine:
 
 def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: Tensor, args: Args,
              vine: list | None = None) -> dict:
-    """The step that improves the surrogate most inside the trust region."""
+    """The step that improves the surrogate most inside the trust region, to first order."""
     parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage, vine)
 
     def gradient(of: Tensor, **kwargs: bool) -> Tensor:
@@ -496,7 +499,7 @@ def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: 
 
     natural = conjugate_gradient(fisher, g, args.cg_iters)
     # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). H has its damping here too, so most steps end below ε.
-    step = natural * (2 * args.kl_constraint / (natural @ fisher(natural))).sqrt()
+    step = natural * (2 * args.kl_constraint / (natural @ fisher(natural)).clamp(min=1e-20)).sqrt()  # 0 where g is 0
     # [TRPO-CG-4] backtracking line search; without it the first step, i = 0, is taken as it is
     old_theta = theta.clone()
     with torch.no_grad():
@@ -555,7 +558,7 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
     # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
     if agent.frames:
-        rewards = rewards.sign()  # [DETAIL] as a3c.py does; what is reported are the game's points
+        rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
     with torch.no_grad():
         x, next_x = agent.obs_norm(obs.flatten(0, 1)), agent.obs_norm(next_obs.flatten(0, 1))
         values, next_values = (agent.value_norm.inverse(agent.critic(y)).view_as(rewards) for y in (x, next_x))
@@ -567,9 +570,10 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
     action, advantage, target = (y.flatten(0, 1) for y in (actions, advantages, agent.value_norm(returns)))
     vine = None
     if args.vine:
-        states, branches, q = (y.to(theta.device) for y in rollout.vine)
+        states, tried, q = (y.to(theta.device) for y in rollout.vine)
+        q = q - q[:, :1]  # equal ones become 0 to the bit, and what rounding leaves isn't made large
         q = q - q.mean(-1, keepdim=True)
-        vine = [agent.obs_norm(states), branches, q / (q.std(correction=0) + 1e-8)]  # like A
+        vine = [agent.obs_norm(states), tried, q / (q.std(correction=0) + 1e-8)]  # scaled like A
     if args.solver == "cg":
         metrics = solve_cg(agent, theta, x, action, advantage, args, vine)
     else:
@@ -668,14 +672,14 @@ class Run:
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Iterates from the start or from a checkpoint; returns the exit code."""
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
-    simulators = []
+    copies = []
     if args.vine:
         K = agent.actor[-1].out_features if agent.discrete else args.vine_actions
-        simulators = [make_env(args.env_id) for _ in range(K)]
-        copy_state(envs[0], simulators[0])
-        batch_size += args.vine_states * K * args.vine_steps
-    end = args.total_timesteps - (args.total_timesteps - step) % batch_size
-    if end <= step:
+        copies = [make_env(args.env_id) for _ in range(K)]
+        copy_state(envs[0], copies[0])  # fails now if it can't
+        batch_size += min(args.vine_states, batch_size) * K * args.vine_steps  # at most: a branch may end early
+    end = args.total_timesteps - (0 if args.vine else (args.total_timesteps - step) % batch_size)
+    if step + batch_size > end:
         raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
     old = copy.deepcopy(agent)  # πθ, which acts, stays on the CPU: no step waits for a GPU
     agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -692,10 +696,10 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     with run.bar:
         with contextlib.suppress(KeyboardInterrupt):
             actors = [Actor(env, run.bar) for env in envs]
-            branches = [Actor(env, run.bar) for env in simulators]
+            simulators = [Actor(env, run.bar) for env in copies]
             while step + batch_size <= end and not run.signal:
                 run.collecting = True
-                rollout = collect(old, actors, branches, args)
+                rollout = collect(old, actors, simulators, args)
                 run.collecting = False
                 losses = update(agent, old, theta, phi, policy_optimizer, value_optimizer, rollout, args, gradient)
                 for steps, episodic_return, length in rollout.episodes:
@@ -737,7 +741,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # matrices this small take longer when they are shared out
+    torch.set_num_threads(1)  # small matrices take longer when they are shared out
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None

@@ -563,7 +563,7 @@ class Tabular(gym.Env):
     """A decision process to step through, observed as one number out of S; its state can be copied as MuJoCo's can."""
 
     def __init__(self, process):
-        self.process, self.data = process, SimpleNamespace(state=0)
+        self.process, self.data, self.mujoco_renderer = process, SimpleNamespace(state=0), None
         self.observation_space, self.action_space = Box(0, 1, process.shape[:1]), Discrete(process.shape[1])
 
     def observe(self):
@@ -584,8 +584,9 @@ def tabular_agent(process, theta):
     """π of the scores θ, V exact"""
     S, A = process.shape
     agent = trpo.Agent(Box(0, 1, (S,)), Discrete(A)).double()
-    agent.actor, agent.critic = (nn.Sequential(nn.Linear(S, n, bias=False).double()) for n in (A, 1))
-    agent.actor[0].weight.data, agent.critic[0].weight.data = theta.T.clone(), process.values(theta)[0][None]
+    agent.actor, agent.critic = (nn.Sequential(nn.Linear(S, n, bias=n == 1).double()) for n in (A, 1))
+    agent.actor[0].weight.data, agent.critic[0].weight.data = theta.T.clone(), process.values(theta)[0][None] - 5
+    agent.critic[0].bias.data[:] = 5  # the end, which is observed as zeros, is worth 0 all the same
     agent.obs_norm = nn.Identity()
     return agent
 
@@ -609,6 +610,25 @@ def test_a_branchs_return_is_in_the_mean_the_exact_q_of_its_action(steps, monkey
         assert (abs(q.mean(0) - Q[state]) < 4 * q.std(0) / len(q) ** 0.5 + 1e-6).all()
         assert max(taken) <= 3 * steps and min(taken) >= 3 and (steps == 1 or len(set(taken)) > 1)
         assert actor.env.data.state == state
+
+
+def test_of_frames_a_branch_counts_the_rewards_signs():
+    process, theta, _ = pair(3, 0.9)
+    agent = tabular_agent(process, theta).float()
+    agent.frames, agent.critic[0].weight.data[:], agent.critic[0].bias.data[:] = True, 0, 0
+    process.R[0] = torch.tensor([7.0, -0.5, 0.0])
+    actor, *simulators = (Actor(Tabular(process), BAR) for _ in range(4))
+    _, _, q, _ = branch(agent, actor, simulators, Args(vine_steps=1))
+    assert q.tolist() == [1, -1, 0]
+
+
+def test_where_all_branches_earn_the_same_the_policy_stays():
+    for line_search in (True, False):
+        agent = agent_of(trpo, Discrete(3))
+        rollout = rollout_of(agent)._replace(vine=[torch.randn(6, 4).double(), torch.arange(3).expand(6, 3),
+                                                   torch.randn(6, 1).double().expand(6, 3)])
+        new, _ = updated(agent, rollout, vine=True, line_search=line_search)
+        assert torch.equal(theta_of(new), theta_of(agent))
 
 
 @PROCESSES
@@ -704,6 +724,39 @@ def test_the_branches_of_a_state_share_what_is_random_after_their_first_action(m
     assert len(later) == 5 and (first - mean).std(0).min() > 0.01
     for mean, action in later:
         torch.testing.assert_close((action - mean), (action - mean)[:1].expand(4, -1))
+
+
+class Timed(Clock):
+    """Observes the steps taken so far in this and all earlier episodes; its state can be copied as MuJoCo's can."""
+
+    def __init__(self):
+        super().__init__(Discrete(2))
+        self.data, self.mujoco_renderer = SimpleNamespace(t=0), None
+
+    def reset(self, seed=None, options=None):
+        return np.full(4, self.data.t), {}
+
+    def step(self, action):
+        self.data.t += 1
+        return np.full(4, self.data.t), 1.0, self.data.t % 5 == 0, False, {}
+
+
+def test_the_vine_branches_at_states_of_the_trajectories_chosen_evenly_and_before_their_actions_are_taken():
+    agent = trpo.Agent(Box(-np.inf, np.inf, (4,)), Discrete(2))
+    args = Args(num_steps=10, vine=True, vine_states=6, vine_steps=2)
+    found = np.zeros(10, int)
+    for _ in range(200):
+        actors, simulators = ([Actor(Timed(), BAR) for _ in range(2)] for _ in range(2))
+        rollout = collect(agent, actors, simulators, args)
+        states, actions, q = rollout.vine
+        assert states.shape == (6, 4) and actions.tolist() == [[0, 1]] * 6 and q.shape == (6, 2)
+        times = states[:, 0].int().bincount(minlength=10)
+        assert times.max() <= 2  # actors
+        found += times.numpy()
+        branched = sum(simulator.length for simulator in simulators)
+        assert rollout.steps == 20 + branched <= 20 + 6 * 2 * 2
+        assert [steps for steps, *_ in rollout.episodes][-1] == rollout.steps  # both episodes' ends are at the last step
+    assert abs(found / 200 - 2 * 6 / 20).max() < 0.2
 
 
 @pytest.mark.parametrize("solver", ["cg", "penalty"])
