@@ -159,6 +159,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         import ale_py
         gym.register_envs(ale_py)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # without its banner
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
