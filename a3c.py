@@ -148,7 +148,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
         # 30 frames without one at first. v5's sticky actions came later, and are off.
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0

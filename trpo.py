@@ -169,7 +169,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
         # 30 frames without one at first. v5's sticky actions came later, and are off.
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -188,7 +189,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 
 
 def copy_state(env: gym.Env, simulator: gym.Env) -> None:
-    """The simulator goes on from where the environment stands, to the bit."""
+    """The simulator goes on from where the environment stands, to the bit: an Atari game or a MuJoCo environment of
+    Gymnasium's own. What others keep outside MuJoCo's data, a counter or a wrapper's memory, isn't copied."""
     if hasattr(env.unwrapped, "clone_state"):
         simulator.unwrapped.restore_state(env.unwrapped.clone_state())
         simulator.obs_queue = env.obs_queue.copy()
@@ -400,7 +402,7 @@ def collect(old: Agent, actors: list[Actor], simulators: list[Actor], args: Args
     rewards, (terminated, truncated) = np.zeros((T, N), np.float32), np.zeros((2, T, N), bool)
     noise, actions, episodes, vine, steps = old.noise(T, N), [], [], [], 0
     # [VINE-1] choose M states s_n from the trajectories
-    chosen = torch.randperm(T * N)[: args.vine_states].tolist() if args.vine else []
+    chosen = set(torch.randperm(T * N)[: args.vine_states].tolist()) if args.vine else ()
     for t in range(T):
         obs[t] = [actor.obs for actor in actors]
         actions.append(old.act(torch.from_numpy(obs[t]), noise[t]))

@@ -938,6 +938,13 @@ def test_a_game_is_observed_in_four_grey_frames_and_repeats_itself_under_the_sam
     assert frames.std(0).max() > 1  # something moves
 
 
+@pytest.mark.parametrize("game", ["Backgammon", "VideoCheckers"])
+def test_a_game_in_which_nobody_can_wait_is_played_from_its_first_frame(game):
+    pytest.importorskip("ale_py")
+    env = make_env(f"ALE/{game}-v5")
+    assert env.reset(seed=1)[0].shape == env.step(0)[0].shape == (4, 84, 84)
+
+
 @pytest.mark.parametrize("flags", [(), ("--lstm",)], ids=["feedforward", "lstm"])
 def test_a_game_is_learned_from(flags, main, tmp_path):
     pytest.importorskip("ale_py")
