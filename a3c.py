@@ -134,26 +134,26 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    settings = {"render_mode": "rgb_array"} if videos else {}
-    if env_id.startswith("ALE/"):
+    settings, atari = {"render_mode": "rgb_array"} if videos else {}, env_id.startswith("ALE/")
+    if atari:
         import ale_py
         gym.register_envs(ale_py)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # without its banner
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
+    if atari:
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
+        # 30 frames without one at first. v5's sticky actions came later, and are off.
+        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
+        env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
-    if env_id.startswith("ALE/"):
-        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
-        # 30 frames without one at first. v5's sticky actions came later, and are off.
-        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
-    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
+    if not (atari or isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
                       "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
                       "Discrete actions from 0")

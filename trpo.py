@@ -155,26 +155,26 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    settings = {"render_mode": "rgb_array"} if videos else {}
-    if env_id.startswith("ALE/"):
+    settings, atari = {"render_mode": "rgb_array"} if videos else {}, env_id.startswith("ALE/")
+    if atari:
         import ale_py
         gym.register_envs(ale_py)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # without its banner
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
+    if atari:
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
+        # 30 frames without one at first. v5's sticky actions came later, and are off.
+        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
+        env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
         env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
-    if env_id.startswith("ALE/"):
-        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
-        # 30 frames without one at first. v5's sticky actions came later, and are off.
-        waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
-    if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
+    if not (atari or isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and (continuous or discrete)):
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
                       "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
                       "Discrete actions from 0")
@@ -193,7 +193,7 @@ def copy_state(env: gym.Env, simulator: gym.Env) -> None:
     Gymnasium's own. What others keep outside MuJoCo's data, a counter or a wrapper's memory, isn't copied."""
     if hasattr(env.unwrapped, "clone_state"):
         simulator.unwrapped.restore_state(env.unwrapped.clone_state())
-        simulator.obs_queue = env.obs_queue.copy()
+        simulator.obs_queue = env.get_wrapper_attr("obs_queue").copy()
     elif hasattr(env.unwrapped, "mujoco_renderer"):  # all data, as rewards use more than positions and velocities
         simulator.unwrapped.data = copy.copy(env.unwrapped.data)
     else:
@@ -675,15 +675,14 @@ class Run:
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Iterates from the start or from a checkpoint; returns the exit code."""
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
-    copies = []
     if args.vine:
-        K = agent.actor[-1].out_features if agent.discrete else args.vine_actions
-        copies = [make_env(args.env_id) for _ in range(K)]
-        copy_state(envs[0], copies[0])  # fails now if it can't
-        batch_size += min(args.vine_states, batch_size) * K * args.vine_steps  # at most: a branch may end early
+        copy_state(envs[0], envs[0])  # fails now if it can't
+    K = (agent.actor[-1].out_features if agent.discrete else args.vine_actions) if args.vine else 0
+    batch_size += min(args.vine_states, batch_size) * K * args.vine_steps  # at most: a branch may end early
     end = args.total_timesteps - (0 if args.vine else (args.total_timesteps - step) % batch_size)
     if step + batch_size > end:
         raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
+    copies = [make_env(args.env_id) for _ in range(K)]
     old = copy.deepcopy(agent)  # πθ, which acts, stays on the CPU: no step waits for a GPU
     agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     theta, phi = as_vector(agent.policy_parameters()), as_vector([*agent.critic.parameters()])

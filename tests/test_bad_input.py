@@ -83,6 +83,7 @@ FLAGS_OF_ONE = {
         "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
         "no_search": (["--backtrack-iters", "0"], "--backtrack-iters"),
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
+        "a_vine_of_more_steps_than_there_are": (["--vine", "--vine-actions", "1000000000"], "--total-timesteps"),
         "a_vine_with_nothing_to_compare": (["--vine-actions", "1"], "--vine-actions"),
         "a_vine_without_a_simulator": (["--vine", "--env-id", "CartPole-v1"], "--vine"),
         "an_unknown_game": (["--env-id", "ALE/Nothing-v5"], "Nothing"),

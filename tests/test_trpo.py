@@ -622,13 +622,14 @@ def test_of_frames_a_branch_counts_the_rewards_signs():
     assert q.tolist() == [1, -1, 0]
 
 
-def test_where_all_branches_earn_the_same_the_policy_stays():
-    for line_search in (True, False):
-        agent = agent_of(trpo, Discrete(3))
-        rollout = rollout_of(agent)._replace(vine=[torch.randn(6, 4).double(), torch.arange(3).expand(6, 3),
-                                                   torch.randn(6, 1).double().expand(6, 3)])
-        new, _ = updated(agent, rollout, vine=True, line_search=line_search)
-        assert torch.equal(theta_of(new), theta_of(agent))
+@pytest.mark.parametrize("line_search", [True, False])
+def test_where_all_branches_earn_the_same_the_policy_stays(line_search):
+    agent = agent_of(trpo, Discrete(7))  # the mean of 7 equal numbers is often another
+    rollout = rollout_of(agent)
+    rollout = rollout._replace(**{name: getattr(rollout, name).float() for name in ("obs", "rewards", "next_obs")}, vine=[
+        torch.randn(60, 4), torch.arange(7).expand(60, 7), 100 * torch.randn(60, 1).expand(60, 7)])
+    new, _ = updated(agent.float(), rollout, vine=True, line_search=line_search)
+    assert torch.equal(theta_of(new), theta_of(agent))
 
 
 @PROCESSES
@@ -695,6 +696,19 @@ def test_a_simulator_goes_on_from_an_environments_state_to_the_bit(env_id):
             assert np.array_equal(seen, there) and others[:2] == rest[:2]  # its time limit is its own
         if any(rest[1:]):
             break
+
+
+def test_a_filmed_game_is_copied_too_and_its_film_has_a_picture_for_each_action(tmp_path):
+    pytest.importorskip("ale_py")
+    env, simulator = make_env("ALE/Breakout-v5", tmp_path), make_env("ALE/Breakout-v5")
+    for each in (env, simulator):
+        each.reset(seed=1)
+    for action in (1, 2, 3, 2):
+        env.step(action)
+    copy_state(env, simulator)
+    assert all(np.array_equal(env.step(3)[0], simulator.step(3)[0]) for _ in range(5))
+    assert len(env.recorded_frames) == 1 + 4 + 5
+    env.close()
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "ALE/Breakout-v5"])
@@ -774,6 +788,17 @@ def test_a_run_with_a_vine_counts_every_step_and_learns_from_its_branches(solver
     code, _, err = run_here(trpo, "--resume", only_run(tmp_path), "--total-timesteps", 800)
     assert (code, complaints(err)) == (0, [])
     assert int(metrics(only_run(tmp_path))[-1]["global_step"]) == len(steps)
+
+
+def test_a_vine_goes_on_as_long_as_its_largest_iteration_fits(tmp_path, monkeypatch):
+    flags = "--vine", "--vine-actions", 5, "--vine-steps", 7, "--num-envs", 2, "--env-id", "Hopper-v4"
+    code, _, _ = run_here(trpo, *flags, "--vine-states", 100, "--num-steps", 4, "--total-timesteps", 8 + 8 * 5 * 7,
+                          "--runs-dir", tmp_path / "more states than there are")
+    assert code == 0
+    monkeypatch.setattr(trpo, "branch", lambda *args: (*branch(*args)[:3], 1))  # as if all had ended early
+    code, _, _ = run_here(trpo, *flags, "--vine-states", 3, "--num-steps", 64, "--total-timesteps", 500,
+                          "--runs-dir", tmp_path / "early")
+    assert code == 0 and int(metrics(only_run(tmp_path / "early"))[-1]["global_step"]) == 3 * 131
 
 
 # ── Atari ───────────────────────────────────────────────────────────────────────────────────────────────────
