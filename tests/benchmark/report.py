@@ -289,7 +289,8 @@ def others_table() -> str:
     for path in sorted(RESULTS.glob("*/*/")):
         name, env_id = path.parts[-2:]
         trained = runs(name, env_id)
-        if name not in ("random", *ATARI_RUNS.values()) and env_id != "CartPole-v1" and not (name in SCRIPTS and env_id in CURVES):
+        elsewhere = name in ("random", *ATARI_RUNS.values()) or env_id == "CartPole-v1" or name in SCRIPTS and env_id in CURVES
+        if not elsewhere:
             rows.append((name, env_id, f"{max(run.about['steps'] for run in trained) / 1e6:.2g}M",
                          " ".join(number(run.score) for run in trained),
                          " ".join(number(run.about["evaluated"]) for run in trained if "evaluated" in run.about), commits(trained)))
@@ -334,9 +335,9 @@ def short_speed_table(env_id: str = "Hopper-v4") -> str:
     return table("| script | steps/s | with `--compile` | fastest peer | its steps/s |", rows)
 
 
-def speed_table() -> str:
+def speed_table(name: str = "speed") -> str:
     """Each program's medians and ranges, and each script beside the fastest of its peers and the bare environment."""
-    measured, rows = measurements("speed"), []
+    measured, rows = measurements(name), []
     rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
     for (env_id, program), repeats in measured.items():
         rate, share = rates[env_id, program], f"{rates[env_id, program] / rates[env_id, 'environment']:.0%}"
@@ -416,9 +417,11 @@ def figure(file: str, env_id: str, names: dict[str, str], minutes: bool = False)
 TABLES = {
     "README.md": {"lines": lines_table, "returns": short_returns_table,
                   "ppo": partial(ppo_table, environments=False), "speed": short_speed_table},
-    "tests/benchmark/README.md": {"returns": returns_table, "atari": atari_table, "human": human_table, "highest": highest_table, "ppo": ppo_table, "kl": kl_table, "others": others_table,
-                                  "solved": solved_table, "speed": speed_table, "growth": growth_table,
-                                  "cuda": cuda_table},
+    "tests/benchmark/README.md": {"returns": returns_table, "speed": speed_table, "growth": growth_table,
+                                  "cuda": cuda_table, "highest": highest_table, "ppo": ppo_table, "kl": kl_table,
+                                  "atari": atari_table, "human": human_table,
+                                  "atari-speed": partial(speed_table, "atari"), "others": others_table,
+                                  "solved": solved_table},
 }
 
 
