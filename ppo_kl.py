@@ -558,8 +558,8 @@ def main() -> None:
             args, file, checkpoint = load(path)
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-        if file.name == "checkpoint.pt":  # a copy under another name is gone on with in a new folder
-            folder = file.parent
+        if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
+            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
             seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None

@@ -379,6 +379,15 @@ def test_a_checkpoint_under_another_name_is_gone_on_with_in_a_new_folder(main, t
     assert load(only_run(tmp_path / "runs"))["global_step"] > load(trained)["global_step"]
 
 
+def test_another_environment_is_gone_on_with_in_a_new_folder(main, trained, script, tmp_path):
+    other, before = f"gymnasium:{script.environments[-1]}", contents(trained)
+    flags = "--env-id", other, "--total-timesteps", 3 * script.batch, "--runs-dir", tmp_path
+    code, _, err = main("--resume", trained, *flags)
+    assert (code, complaints(err)) == (0, []) and contents(trained) == before
+    assert load(only_run(tmp_path))["args"]["env_id"] == other
+    assert load(only_run(tmp_path))["global_step"] > load(trained)["global_step"]
+
+
 def test_a_complete_run_goes_on_with_a_larger_total(script, main, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "moved")
     more = script.steps + 2 * script.batch

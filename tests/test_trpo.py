@@ -700,7 +700,7 @@ def test_a_simulator_goes_on_from_an_environments_state_to_the_bit(env_id):
 
 def test_a_filmed_game_is_copied_too_and_its_film_has_a_picture_for_each_action(tmp_path):
     pytest.importorskip("ale_py")
-    env, simulator = make_env("ALE/Breakout-v5", tmp_path), make_env("ALE/Breakout-v5")
+    env, simulator = make_env("ALE/Breakout-v5", tmp_path / "videos"), make_env("ALE/Breakout-v5")
     for each in (env, simulator):
         each.reset(seed=1)
     for action in (1, 2, 3, 2):
