@@ -215,13 +215,13 @@ class RunningNorm(nn.Module):
         self.count += len(x)
         weight = (len(x) / self.count).float()
         mean = x.mean(0)
-        var, delta = (x - mean).square().mean(0), mean - self.mean
+        var, delta = (x - mean).square_().mean(0), mean - self.mean
         self.mean += weight * delta
         self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
         self.std.copy_((self.var + 1e-8).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)  # what has hardly moved so far has a std of almost 0
+        return (x - self.mean).div_(self.std).clamp_(-10, 10)  # what has hardly moved so far has a std of almost 0
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * self.std + self.mean
