@@ -40,12 +40,12 @@ Slides "复习A2C：优势Actor-Critic", "A3C: 异步A2C方法", "A3C算法" (Mn
     A3C-19        asynchronous update of θ using dθ and of θ_v using dθ_v
     A3C-20    until T > T_max
 
-Symbols     variable            shape     meaning, with k = t − t_start steps in a segment
+Symbols     variable            shape     meaning, with k steps in a segment (in A3C-ADV: in what is left of it)
     s_t     obs                 (k+1,…)   observations of the segment, up to and with its last s_t
     a_t     actions             (k[,A])   continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (k,)      reward
     R       returns             (k,)      what followed s_i: rewards to the segment's end, then V
-    V       values              (k+1,)    critic's estimate of the return from s_i
+    V       values              (k+1,)    critic's estimate of the return from s_i, normalised
     θ, θ_v  shared.theta        (P,)      parameters of policy and value function, a vector in shared memory
     θ',θ'_v theta               (P,)      the actor-learner's own copy
     dθ,dθ_v gradient            (P,)      −dθ and dθ_v: downhill for both
@@ -57,8 +57,9 @@ Departures from the slides
     A3C-14    The segment's sums run backwards only for R; the gradients of all i come from one back-propagation.
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
     A3C-20    stops at T ≥ T_max, each actor-learner as its segment ends.
-    θ, θ_v    have the layers before the last in common, as the paper's have for Atari, not for continuous actions.
-    t_max     is 20 here with a step size of 1e-3; the paper's 5 and 7e-4 suit its 16 actor-learners on Atari.
+    θ, θ_v    have the layers before the last in common, as in the paper's networks for Atari. For continuous actions
+              the paper has two networks, each a layer of 200 units, σ² from the network, and an update per episode.
+    t_max     is 20 here with a step size of 1e-3. The paper has 5 on Atari, and step sizes drawn from 1e-4 to 1e-2.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -168,7 +169,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 
 
 class Actor:
-    """One of the N actors: an environment and its running episode."""
+    """An environment and its running episode."""
 
     def __init__(self, env: gym.Env, bar: tqdm):
         self.env, self.bar, self.shape = env, bar, env.observation_space.shape
@@ -240,7 +241,7 @@ class Agent(nn.Module):
         S, A = observation_space.shape[0], action_space.n if self.discrete else action_space.shape[0]
         H = 256 if self.frames else 64  # width of the last layer in common
         self.obs_norm, self.value_norm = RunningNorm(*observation_space.shape), RunningNorm(1)
-        if self.frames:  # the paper's: two convolutions and a layer
+        if self.frames:  # [DETAIL] the paper's: two convolutions and a layer
             self.body = nn.Sequential(
                 orthogonal(nn.Conv2d(S, 16, 8, stride=4)), nn.ReLU(),
                 orthogonal(nn.Conv2d(16, 32, 4, stride=2)), nn.ReLU(), nn.Flatten(),
@@ -310,7 +311,7 @@ def score_loss(log_probs: Tensor, advantage: Tensor) -> Tensor:
 
 
 def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
-    """R ← r_i + γ R, backwards from R = bootstrap (A3C-15);   rewards (k,), bootstrap () → (k,) in the rewards' unit"""
+    """R ← r_i + γ R, backwards from R = bootstrap (A3C-15);   rewards (k,), bootstrap (1,) → (k,), in their unit"""
     returns, R = [], bootstrap.item()
     for reward in reversed(rewards.tolist()):  # plain numbers: a tensor's takes 20 times as long
         R = reward + gamma * R
@@ -320,7 +321,7 @@ def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
 
 def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:
     """A_i = R_i − V(s_i), without a gradient: V learns by a loss of its own;   returns, value (k,) → (k,)"""
-    # [A2C-ADV] with R_i, a sample of Q^π(s_i,a_i), for Q. [A3C-ADV] R_i is Σ γ^i r_{t+i} + γ^k V(s_{t+k}).
+    # [A2C-ADV] with R_i, a sample of Q^π(s_i,a_i). [A3C-ADV] R_i is what followed: rewards, then V where they end.
     return returns - value.detach()
 
 
@@ -338,7 +339,7 @@ def rmsprop_(theta: Tensor, square_avg: Tensor, grad: Tensor, learning_rate: flo
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # What all actor-learners read and write, in shared memory: the agent, with θ and θ_v as one vector, theta; T, the steps
-# of all; the steps of each; and a lock for whoever changes T or the running statistics
+# of all; the steps of each; and a lock for whoever changes T or the running statistics. Lines A3C-6 to 12 collect.
 Shared = namedtuple("Shared", "agent theta T steps lock")
 
 
@@ -398,7 +399,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
             rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
         # [A3C-15] R ← r_i + γ R
         returns = n_step_returns(rewards, bootstrap, args.gamma)
-        # [DETAIL] R and V in units of the returns' deviation: one step size then fits rewards of any size.
+        # [DETAIL] R and V normalised by the returns so far: one step size then fits rewards of any size.
         target = agent.value_norm(returns.unsqueeze(1)).squeeze(1).to(device)
         output, advantage = agent.actor(features[:-1]), n_step_advantage(target, values[:-1])
         # [A3C-16] dθ ← dθ + ∇_θ' log π(a_i|s_i; θ') (R − V(s_i; θ'_v))
@@ -419,7 +420,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
         square_avg = shared.agent.square_avg
         rmsprop_(shared.theta, square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
-        with shared.lock:  # units of what all networks see from now on; others' updates too come at any time
+        with shared.lock:  # the statistics that all actor-learners normalise by, from now on
             agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
         losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), bonus.item()]
@@ -436,7 +437,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy",
 )
-LOG_STEPS = 1000  # of an actor-learner, over which the losses of a row are averaged
+LOG_STEPS = 1000  # of an actor-learner, at most, over which the losses of a row are averaged
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 
@@ -469,7 +470,7 @@ class Run:
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; otherwise when what they have collected is learned."""
+        """Stops at once while actors collect; what is being learned or written is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False

@@ -147,7 +147,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 
 
 class Actor:
-    """One of the N actors: an environment and its running episode."""
+    """An environment and its running episode."""
 
     def __init__(self, env: gym.Env, bar: tqdm):
         self.env, self.bar, self.shape = env, bar, env.observation_space.shape
@@ -396,7 +396,7 @@ class Run:
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; otherwise when what they have collected is learned."""
+        """Stops at once while actors collect; what is being learned or written is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False

@@ -132,7 +132,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 
 
 class Actor:
-    """One of the N actors: an environment and its running episode."""
+    """An environment and its running episode."""
 
     def __init__(self, env: gym.Env, bar: tqdm):
         self.env, self.bar, self.shape = env, bar, env.observation_space.shape
@@ -377,7 +377,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
 )
-CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
+CHECKPOINT_SECONDS = 10  # between two checkpoints, up to an iteration's end: what a crash costs
 
 
 class Run:
@@ -409,7 +409,7 @@ class Run:
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; otherwise when what they have collected is learned."""
+        """Stops at once while actors collect; what is being learned or written is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False

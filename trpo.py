@@ -10,7 +10,7 @@
 
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 30 seconds: return about 500
-    python trpo.py --env-id ALE/Pong-v5 --vine --cg-iters 10 --cg-subsampling 10 --update-epochs 4   # from −20 to −9
+    python trpo.py --env-id ALE/Pong-v5 --cg-iters 10 --cg-subsampling 10 --update-epochs 4  # an hour: return 9
 
 Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果比较" (Schulman et al. 2015, arXiv:1502.05477)
 
@@ -60,17 +60,20 @@ Symbols     variable            shape     meaning
     λ       agent.dual                    price of the KL, in --solver penalty
     s_n     states              (M,…)     where the vine branches. a_{n,k} is `tried` (M,K[,A])
     Q̂       q                   (M,K)     discounted rewards of a branch, and V where it stops
-    N, T, M, K, L, γ, ε                   settings: see Args. λ of the advantage (not on the slides) is gae_lambda
+    N, T, M, K, L, γ, ε                   settings: see Args; J-DIST's and TRPO-MONO's ε are others. λ of the advantage
+                                          (not on the slides) is gae_lambda
 
 Departures from the slides
-    J-SURR      leaves out γ^t, as a plain mean over samples does: late steps of an episode would hardly count.
+    J-SURR      leaves out γ^t, which makes it a plain mean over samples: with γ^t, late steps would hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
     TRPO-CG-1   and the four lines after it are the paper's and the book's (动手学强化学习, 11.3): the deck only names the
                 Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
     VINE-4      adds V, and its bias, after a few steps; the paper has no V, and on MuJoCo branches of 50 to 100 steps.
     VINE-5      has the KL's mean over all states beside it, the paper's is over the s_n.
-    A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors.
+    A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors; V is
+                fitted to this sum plus V.
+    N·T         is 1024 steps; the paper's iterations have 50,000 and more.
     [DETAIL]    marks whatever else the slides don't have, each with its reason.
 """
 
@@ -113,9 +116,9 @@ class Args:
     num_steps: int = 128  # T: steps that each actor collects per iteration
     solver: Literal["cg", "penalty"] = "cg"  # conjugate gradient and line search, or a penalty with a price λ
     kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
-    cg_iters: int = 25  # iterations of the conjugate gradient
+    cg_iters: int = 25  # iterations of the conjugate gradient; the paper has 10
     cg_damping: float = 0.1  # multiple of the identity added to H
-    cg_subsampling: int = 1  # H is computed on every n-th step; on Atari's frames 10 saves much time
+    cg_subsampling: int = 1  # H is computed on every n-th of the T·N rows; the paper has 10, which saves time on Atari
     backtrack_coef: float = 0.8  # α: what the line search shortens the step by
     backtrack_iters: int = 10  # steps that the line search tries
     line_search: bool = True  # off: takes β x as it is, which is the natural policy gradient
@@ -201,7 +204,7 @@ def copy_state(env: gym.Env, simulator: gym.Env) -> None:
 
 
 class Actor:
-    """One of the N actors: an environment and its running episode."""
+    """An environment and its running episode."""
 
     def __init__(self, env: gym.Env, bar: tqdm):
         self.env, self.bar, self.shape = env, bar, env.observation_space.shape
@@ -229,7 +232,7 @@ def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential
     """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
     if len(inputs) == 1:
         layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    else:  # [DETAIL] The paper's for Atari. On frames half as wide it has 31,000 parameters, the paper's 33,500.
+    else:  # [DETAIL] Like the paper's for Atari, on frames half as wide: 31,000 parameters, the paper's has 33,500.
         layers = [nn.AvgPool2d(2), nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(),
                   nn.Flatten(), nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
     for layer in layers:
@@ -329,7 +332,7 @@ def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
 
 
 def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
-    """E[ (πθ'/πθ) A ], what the policy gains to first order (paper, eq. 14);   ratio, advantage (B,) → ()"""
+    """E[ (πθ'/πθ) A ], what the policy gains to first order (paper, eq. 14, q = πθ);   ratio, advantage (B,) → ()"""
     return (ratio * advantage).mean()  # [J-SURR]
 
 
@@ -389,8 +392,8 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length. Of the
-# vine s_n (M,…), a_{n,k} (M,K[,A]) and Q̂ (M,K); and all steps taken
+# Tensors (T,N,…) as in the table above; of each episode that ended: steps into the rollout, return, length; of the
+# vine: s_n (M,…), a_{n,k} (M,K[,A]), Q̂ (M,K); and how many steps were taken, branches included
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes vine steps")
 
 
@@ -501,7 +504,7 @@ def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: 
         return gradient(kl_gradient @ v, retain_graph=True) + args.cg_damping * v
 
     natural = conjugate_gradient(fisher, g, args.cg_iters)
-    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). H has its damping here too, so most steps end below ε.
+    # [TRPO-CG-3] β = sqrt( 2ε / xᵀ H x ). H has its damping here too, which makes the step shorter.
     step = natural * (2 * args.kl_constraint / (natural @ fisher(natural)).clamp(min=1e-20)).sqrt()  # 0 where g is 0
     # [TRPO-CG-4] backtracking line search; without it the first step, i = 0, is taken as it is
     old_theta = theta.clone()
@@ -526,7 +529,7 @@ def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: T
                args: Args, gradient: Callable = value_gradient) -> dict:
     """Several passes over the iteration's steps; returns the mean loss."""
     parameters, losses = [*agent.critic.parameters()], []
-    # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: one can't follow the policy.
+    # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: a single one would lag behind.
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
             phi.grad, loss = gradient(agent.critic, parameters, x[mb], target[mb])
@@ -537,7 +540,7 @@ def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: T
 
 def solve_penalty(agent: Agent, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, action: Tensor,
                   advantage: Tensor, args: Args, vine: list | None = None) -> dict:
-    """The trust region as a penalty: θ climbs while λ is fixed, then λ moves to where KL = ε."""
+    """The trust region as a penalty: θ climbs while λ is fixed, then λ grows if the KL is above ε, else it shrinks."""
     parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage, vine)
     # [TRPO-PEN-1] θ' ← argmax_θ' of the surrogate − λ ( KL − ε ); the constant λ ε has no gradient
     for _ in range(args.update_epochs):
@@ -574,9 +577,10 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
     vine = None
     if args.vine:
         states, tried, q = (y.to(theta.device) for y in rollout.vine)
-        q = q - q[:, :1]  # equal ones become 0 to the bit, and what rounding leaves isn't made large
+        # [DETAIL] Scaled like A. Equal Q̂ of a state first become 0 to the bit, so that no rest of rounding is enlarged.
+        q = q - q[:, :1]
         q = q - q.mean(-1, keepdim=True)
-        vine = [agent.obs_norm(states), tried, q / (q.std(correction=0) + 1e-8)]  # scaled like A
+        vine = [agent.obs_norm(states), tried, q / (q.std(correction=0) + 1e-8)]
     if args.solver == "cg":
         metrics = solve_cg(agent, theta, x, action, advantage, args, vine)
     else:
@@ -597,7 +601,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/policy_loss", "losses/value_loss",
     "losses/entropy", "losses/kl", "losses/backtracks", "losses/dual", "losses/explained_variance",
 )
-CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
+CHECKPOINT_SECONDS = 10  # between two checkpoints, up to an iteration's end: what a crash costs
 
 
 class Run:
@@ -629,7 +633,7 @@ class Run:
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; otherwise when what they have collected is learned."""
+        """Stops at once while actors collect; what is being learned or written is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False
@@ -675,14 +679,14 @@ class Run:
 def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoint: dict) -> int:
     """Iterates from the start or from a checkpoint; returns the exit code."""
     step, batch_size = checkpoint.get("global_step", 0), args.num_envs * args.num_steps
-    if args.vine:
-        copy_state(envs[0], envs[0])  # fails now if it can't
     K = (agent.actor[-1].out_features if agent.discrete else args.vine_actions) if args.vine else 0
     batch_size += min(args.vine_states, batch_size) * K * args.vine_steps  # at most: a branch may end early
     end = args.total_timesteps - (0 if args.vine else (args.total_timesteps - step) % batch_size)
     if step + batch_size > end:
         raise Failure(f"--total-timesteps: go beyond step {step} by an iteration, {batch_size} steps")
     copies = [make_env(args.env_id) for _ in range(K)]
+    if args.vine:
+        copy_state(envs[0], copies[0])  # fails now if it can't
     old = copy.deepcopy(agent)  # πθ, which acts, stays on the CPU: no step waits for a GPU
     agent.to("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     theta, phi = as_vector(agent.policy_parameters()), as_vector([*agent.critic.parameters()])

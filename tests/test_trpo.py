@@ -801,6 +801,15 @@ def test_a_vine_goes_on_as_long_as_its_largest_iteration_fits(tmp_path, monkeypa
     assert code == 0 and int(metrics(only_run(tmp_path / "early"))[-1]["global_step"]) == 3 * 131
 
 
+def test_a_film_shows_the_first_actor_also_beside_a_vine(tmp_path, monkeypatch):
+    films = []
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", lambda self: films.append(self.recorded_frames))
+    flags = "--vine", "--vine-states", 1, "--vine-actions", 2, "--num-envs", 1, "--num-steps", 20, "--capture-video"
+    assert run_here(trpo, *flags, "--total-timesteps", 28, "--runs-dir", tmp_path)[0] == 0
+    first, *_, last = films[0]
+    assert not np.array_equal(first, last)  # something moves
+
+
 # ── Atari ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("flags", [("--cg-subsampling", 5), ("--vine", "--vine-states", 2, "--vine-steps", 3)],
