@@ -147,10 +147,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         # 30 frames without one at first. v5's sticky actions came later, and are off.
         waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
         env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
-    if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if videos:
-        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
+    if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -158,6 +156,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
                       "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
                       "Discrete actions from 0")
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
         # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
@@ -451,8 +451,8 @@ class Run:
         used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
         versions = {name: module.__version__ for name, module in used.items() if module}
         config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
-        (folder / "config.json").write_text(config)
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        (folder / "config.json").write_text(config)
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -573,7 +573,7 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
                             message = pipe.recv()
                         except (EOFError, OSError):  # closed as the process ended
                             n, process = workers.pop(pipe)
-                            process.join(args.patience)
+                            process.join(min(args.patience, 1e6))
                             early = process.exitcode != 0 or shared.T.value < args.total_timesteps
                             message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
                         if isinstance(message, str):

@@ -130,16 +130,16 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
-    if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if videos:
-        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
+    if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and continuous and acted.is_bounded()):
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector (the wrapper "
                       "FlattenObservation makes one) and takes a vector of floats with bounds, or another script: they "
                       "take other actions, too")
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     # [DETAIL] −1 and 1 become the ends of the environment's range.
     middle, half = acted.high / 2 + acted.low / 2, acted.high / 2 - acted.low / 2
@@ -377,8 +377,8 @@ class Run:
         used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
         versions = {name: module.__version__ for name, module in used.items() if module}
         config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
-        (folder / "config.json").write_text(config)
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        (folder / "config.json").write_text(config)
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)

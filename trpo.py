@@ -170,10 +170,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         # 30 frames without one at first. v5's sticky actions came later, and are off.
         waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
         env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
-    if videos and getattr(getattr(env.unwrapped, "model", None), "ncam", 0):
-        env.unwrapped.mujoco_renderer.camera_id = 0  # MuJoCo: the model's camera follows the body, the default one not
-    if videos:
-        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
+    if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -181,6 +179,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose an Atari game, ALE/…, or one that "
                       "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
                       "Discrete actions from 0")
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
         # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
@@ -194,7 +194,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
 def copy_state(env: gym.Env, simulator: gym.Env) -> None:
     """The simulator goes on from where the environment stands, to the bit: an Atari game or a MuJoCo environment of
     Gymnasium's own. What others keep outside MuJoCo's data, a counter or a wrapper's memory, isn't copied."""
-    if hasattr(env.unwrapped, "clone_state"):
+    if hasattr(env.unwrapped, "ale"):
         simulator.unwrapped.restore_state(env.unwrapped.clone_state())
         simulator.obs_queue = env.get_wrapper_attr("obs_queue").copy()
     elif hasattr(env.unwrapped, "mujoco_renderer"):  # all data, as rewards use more than positions and velocities
@@ -614,8 +614,8 @@ class Run:
         used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
         versions = {name: module.__version__ for name, module in used.items() if module}
         config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
-        (folder / "config.json").write_text(config)
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
+        (folder / "config.json").write_text(config)
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)

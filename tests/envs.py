@@ -7,6 +7,7 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -282,6 +283,19 @@ class NoRenderMode(Counter):
         super().__init__()
 
 
+class Drawn(Counter):
+    """Has a model like MuJoCo's, but draws it by itself."""
+
+    metadata, action_space, model = {"render_modes": ["rgb_array"], "render_fps": 30}, ONE, SimpleNamespace(ncam=1)
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((8, 8, 3), self.t, np.uint8)
+
+
 class ArrayReward(Counter):
     action_space = ONE
 
@@ -292,6 +306,8 @@ class ArrayReward(Counter):
 class Spaces(Counter):
     """Observes and takes whatever the spaces say."""
 
+    metadata = {"render_modes": ["rgb_array"]}
+
     def __init__(self, observation_space=NUMBER, action_space=Discrete(2), render_mode=None):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
@@ -301,7 +317,7 @@ class Spaces(Counter):
 
 
 for env in (
-    Counter, Blind, Echo, Held, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, ArrayReward, NanReward,
+    Counter, Blind, Echo, Held, Keyed, Chance, Seeded, Reversed, Wide, NoRenderMode, Drawn, ArrayReward, NanReward,
     NanObservation, InfiniteReward, InfiniteObservation, Crash, CrashLater, CrashAtReset, Failing, Old, NoReward,
     Misshapen, Rich, Momentary, Warning, Stuck,
 ):

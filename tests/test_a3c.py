@@ -758,8 +758,9 @@ def test_a_worker_that_goes_early_without_a_word_ends_the_run(main, monkeypatch,
     assert multiprocessing.active_children() == []
 
 
-def test_a_reset_that_takes_longer_than_a_step_is_no_hang(main, tmp_path):
-    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", 10,
+@pytest.mark.parametrize("patience", [10, math.inf])
+def test_a_reset_that_takes_longer_than_a_step_is_no_hang(patience, main, tmp_path):
+    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", patience,
                         "--runs-dir", tmp_path)
     assert (code, complaints(err)) == (0, [])
 

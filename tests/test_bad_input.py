@@ -19,6 +19,7 @@ FLAGS = {
     "an_unknown_version": (["--env-id", "CartPole-v99"], "CartPole"),
     "a_missing_package": (["--env-id", "no_such_package:Env-v0"], "no_such_package"),
     "a_dict_observed": (["--env-id", "DictObservation-v0"], "Dict("),
+    "a_dict_observed_and_filmed": (["--env-id", "DictObservation-v0", "--capture-video"], "Dict("),
     "a_number_observed": (["--env-id", "DiscreteObservation-v0"], "Discrete(5)"),
     "an_image_observed": (["--env-id", "ImageObservation-v0"], "(8, 8, 3)"),
     "several_choices_to_act_on": (["--env-id", "MultiDiscreteAction-v0"], "MultiDiscrete"),
@@ -85,7 +86,7 @@ FLAGS_OF_ONE = {
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
         "a_vine_of_more_steps_than_there_are": (["--vine", "--vine-actions", "1000000000"], "--total-timesteps"),
         "a_vine_with_nothing_to_compare": (["--vine-actions", "1"], "--vine-actions"),
-        "a_vine_without_a_simulator": (["--vine", "--env-id", "CartPole-v1"], "--vine"),
+        "a_vine_without_a_simulator": (["--vine", "--env-id", "CartPole-v1", "--total-timesteps", "9999"], "--vine"),
         "an_unknown_game": (["--env-id", "ALE/Nothing-v5"], "Nothing"),
     },
     "ppo_clip": NO_ENVS | FLAGS_OF_ROLLOUTS | FLAGS_OF_GRADIENTS | {

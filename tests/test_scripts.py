@@ -141,6 +141,12 @@ def test_the_camera_follows_a_body_that_the_model_has_a_camera_for(script, modul
     assert module.make_env(env_id, tmp_path / "videos").unwrapped.mujoco_renderer.camera_id == camera
 
 
+def test_an_environment_that_draws_a_model_by_itself_is_filmed(module, tmp_path):
+    env = module.make_env("Drawn-v0", tmp_path / "videos")
+    env.reset(seed=1)
+    assert env.render().shape == (8, 8, 3) and (tmp_path / "videos").exists()
+
+
 def tracked(run_folder, kind):
     """The records of a kind that a run has left for Weights & Biases, whose files are a LevelDB log"""
     from wandb.proto import wandb_internal_pb2
