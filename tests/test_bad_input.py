@@ -166,6 +166,15 @@ def test_a_process_too_ends_in_one_line(script, runs, flags, word):
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+def test_a_run_whose_metrics_cannot_be_opened_keeps_its_settings(script, main, folder):
+    (folder / "metrics.csv").unlink()
+    (folder / "metrics.csv").mkdir()
+    before = contents(folder)
+    code, _, err = main("--resume", folder, "--total-timesteps", 3 * script.batch)
+    assert_one_line(code, err, "metrics.csv")
+    assert contents(folder) == before
+
+
 class Malicious:
     """Unpickled, it writes a file."""
 

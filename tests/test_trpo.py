@@ -698,6 +698,12 @@ def test_a_simulator_goes_on_from_an_environments_state_to_the_bit(env_id):
             break
 
 
+def test_what_only_has_the_methods_of_a_game_is_not_copied_as_one():
+    own = SimpleNamespace(unwrapped=SimpleNamespace(clone_state=int, restore_state=int), spec=SimpleNamespace(id="Own-v0"))
+    with pytest.raises(trpo.Failure, match="Own-v0"):
+        copy_state(own, own)
+
+
 def test_a_filmed_game_is_copied_too_and_its_film_has_a_picture_for_each_action(tmp_path):
     pytest.importorskip("ale_py")
     env, simulator = make_env("ALE/Breakout-v5", tmp_path / "videos"), make_env("ALE/Breakout-v5")
