@@ -130,6 +130,9 @@ class Args:
 
 # ── Environments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+SCREEN = 84  # width and height of a frame
+
+
 def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     """The environment, if the algorithm can serve it; with a folder for videos, recording episodes 0, 1, 8, 27, …"""
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
@@ -143,10 +146,11 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if atari:
-        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in 84×84 grey points, an action for every 4, up to
-        # 30 frames without one at first. v5's sticky actions came later, and are off.
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey points, an action for every 4, up to 30
+        # frames without one at first. v5's sticky actions came later, and are off.
         waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
-        env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max=waits), 4)
+        env = gym.wrappers.AtariPreprocessing(env, noop_max=waits, screen_size=SCREEN)
+        env = gym.wrappers.FrameStackObservation(env, 4)
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
         env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
     observed, acted = env.observation_space, env.action_space

@@ -830,9 +830,9 @@ def test_a_game_is_learned_from(flags, tmp_path):
 
 
 def test_of_frames_the_rewards_signs_are_learned_from():
-    agent = trpo.Agent(Box(0, 255, (4, 84, 84), np.uint8), Discrete(3))
+    agent = trpo.Agent(Box(0, 255, (4, 42, 42), np.uint8), Discrete(3))
     T, N = 3, 2
-    obs, rewards, flags = 255 * torch.rand(T, N, 4, 84, 84), 100 * torch.randn(T, N), torch.ones(2, T, N, dtype=bool)
+    obs, rewards, flags = 255 * torch.rand(T, N, 4, 42, 42), 100 * torch.randn(T, N), torch.ones(2, T, N, dtype=bool)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trpo, "gae", lambda rewards, *rest: seen.append(rewards) or gae(rewards, *rest))
@@ -840,9 +840,12 @@ def test_of_frames_the_rewards_signs_are_learned_from():
     assert torch.equal(seen[0], rewards.sign())
 
 
-def test_the_curvature_is_of_every_nth_step_alone(monkeypatch):
-    agent, *samples = problem(Discrete(3))
-    shapes, kl = [], trpo.kl_divergence
-    monkeypatch.setattr(trpo, "kl_divergence", lambda p, *rest: shapes.append(len(p)) or kl(p, *rest))
-    solved(agent, *samples, cg_subsampling=7)
-    assert shapes[1] == 6 and set(shapes[:1] + shapes[2:]) == {40}
+def test_the_curvature_is_of_a_share_of_the_steps_and_of_all_actors(monkeypatch):
+    """Every 8th row of 8 actors' would be one actor's alone"""
+    agent, x, *rest = problem(Discrete(3))
+    seen, kl = [], trpo.kl_divergence
+    monkeypatch.setattr(trpo, "kl_divergence", lambda p, *others: seen.append(p) or kl(p, *others))
+    solved(agent, x, *rest, cg_subsampling=8)
+    (share,) = [p for p in seen if len(p) < len(x)]
+    rows = torch.cdist(share, agent.actor(x)).argmin(-1)
+    assert len(rows.unique()) == 5 and len((rows % 8).unique()) > 1
