@@ -152,7 +152,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.AtariPreprocessing(env, noop_max=waits, screen_size=SCREEN)
         env = gym.wrappers.FrameStackObservation(env, 4)
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -164,7 +164,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        # [DETAIL] −1 and 1 become the ends of the range, where it has two, so that one σ fits all; the rest is clipped.
         bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
         low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
@@ -198,7 +198,7 @@ class Actor:
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
-    """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -255,8 +255,8 @@ class Agent(nn.Module):
         self.lstm = nn.LSTM(H, H) if lstm else None
         self.actor = orthogonal(nn.Linear(H, A), 0.01)  # continuous: mean of a Gaussian; discrete: scores of a softmax
         self.critic = orthogonal(nn.Linear(H, 1), 1.0)
-        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
-        # 0.6: with 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] The slides name no policy for continuous actions: here it is Gaussian. σ, the same in every state,
+        # begins at 0.6: with 1 a third of the actions' numbers would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
         # RMSProp's g, the mean square of the gradient: a buffer, to be shared and saved with the rest
         self.register_buffer("square_avg", torch.zeros(sum(parameter.numel() for parameter in self.parameters())))
@@ -281,8 +281,7 @@ class Agent(nn.Module):
 
 
 def as_vector(parameters: list[nn.Parameter]) -> Tensor:
-    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
-    by the number, and this is one tensor, not a dozen."""
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser is faster on one tensor than many."""
     theta = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(theta, parameters)
     return theta
@@ -294,9 +293,9 @@ def as_vector(parameters: list[nn.Parameter]) -> Tensor:
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
     """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
-    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    actor's output (μ or f) (…,A), log_std (A,) or None of a softmax, action (…[,A]) → (…)"""
     if log_std is None:
-        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return output.log_softmax(-1).take_along_dim(action.unsqueeze(-1), -1).squeeze(-1)
     z = (action - output) * (-log_std).exp()
     return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
@@ -317,7 +316,7 @@ def score_loss(log_probs: Tensor, advantage: Tensor) -> Tensor:
 def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
     """R ← r_i + γ R, backwards from R = bootstrap (A3C-15);   rewards (k,), bootstrap (1,) → (k,), in their unit"""
     returns, R = [], bootstrap.item()
-    for reward in reversed(rewards.tolist()):  # plain numbers: a tensor's takes 20 times as long
+    for reward in reversed(rewards.tolist()):  # as numbers: on tensors it takes over 20 times as long
         R = reward + gamma * R
         returns.append(R)
     return rewards.new_tensor(returns[::-1])
@@ -416,7 +415,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         gradient += torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)])
         # [A3C-18] end for
         norm = gradient.norm()
-        gradient *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no leap on an odd segment
+        gradient *= (args.max_grad_norm / norm).clamp(max=1)  # [DETAIL] no segment can leap far
         if not norm.isfinite():
             raise Failure(f"step {T} has a gradient that isn't finite: lower learning rates, or mend the environment")
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
@@ -481,7 +480,7 @@ class Run:
             raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: an episode that ended at this step, or an iteration that did."""
+        """One row: an episode that ended at this step, or what was learned up to it."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
@@ -643,9 +642,9 @@ def main() -> None:
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
-            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
+            folder = file.parent  # a copy under another name, or another environment, goes on in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
-            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # resumed or evaluated: other ones
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         env = make_env(args.env_id, None if training else videos)  # each actor-learner makes its own
         agent = Agent(env.observation_space, env.action_space, args.lstm)

@@ -6,12 +6,12 @@
 #                 "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""DDPG: a deterministic policy climbs the slope that the critic's value has in the action; both learn off-policy.
+"""DDPG: a deterministic policy follows the gradient of the critic's value in the action; both learn off-policy.
 
     python ddpg.py --env-id Hopper-v4                                   # 1M steps, 50 minutes: return about 1400
     python ddpg.py --env-id Pendulum-v1 --total-timesteps 20000         # 1 minute: then, with --evaluate, about -150
 
-Slides 确定性梯度策略, 深度确定性策略梯度: named in the deck, their text is missing there. What they would derive:
+Slides "策略梯度和Q学习的对比" (Q-TD); 确定性梯度策略, 深度确定性策略梯度: the deck lacks their text. They would derive:
 
     A stochastic policy gradient tries actions and needs ∂ log πθ(a|s); a deterministic policy a = μ_θ(s) tries none.
     But a critic Q that is differentiable in the action says by itself which way to change a: along ∇_a Q(s,a). The
@@ -22,7 +22,7 @@ Slides 确定性梯度策略, 深度确定性策略梯度: named in the deck, th
 Silver et al. 2014 (DPG, theorem 1); Lillicrap et al. 2015 (DDPG, arXiv:1509.02971, algorithm 1)
 
     DPG-THM   ∇_θ J(μ_θ) = E_{s~ρ^μ}[ ∇_θ μ_θ(s) ∇_a Q^μ(s,a)|_{a=μ_θ(s)} ]
-    Q-TD      Q-learning minimises E[ ½ ( r_t + γ max_a' Q_θ'(s_{t+1},a') − Q_θ(s_t,a_t) )² ]; here μ' finds the max
+    Q-TD      Q-learning minimises E[ ½ ( r_t + γ max_a' Q_θ'(s_{t+1},a') − Q_θ(s_t,a_t) )² ]; here μ' is for the max
 
     DDPG-1    initialise critic Q(s,a|θ^Q) and actor μ(s|θ^μ)
     DDPG-2    initialise targets θ^Q' ← θ^Q, θ^μ' ← θ^μ
@@ -41,8 +41,8 @@ Silver et al. 2014 (DPG, theorem 1); Lillicrap et al. 2015 (DDPG, arXiv:1509.029
 
 Symbols     variable            shape     meaning
     s_t     obs                 (B,S)     observation; next_obs is s_{t+1}, the true one also when an episode ends
-    a_t     actions             (B,A)     action, each number from −1 to 1: the environment's range, rescaled
-    r_t     rewards             (B,)      reward
+    a_t     action              (B,A)     action, each number from −1 to 1: the environment's range, rescaled
+    r_t     reward              (B,)      reward
     μ, Q    actor, critic                 policy, and its value; μ', Q' target_actor, target_critic
     N_t     noise               (N,A)     exploration noise of N actors; the slide's other N, the minibatch's, is B
     y_i     target              (B,)      what Q(s_i,a_i) should have been
@@ -51,8 +51,9 @@ Symbols     variable            shape     meaning
 
 Departures from the slides
     DPG-THM   The states are the replay buffer's, which older policies visited with noise, not those of ρ^μ.
-    DDPG-1    the networks have no batch normalisation, which the paper's have.
-    DDPG-6    noise is Gaussian by default, as later work found the paper's Ornstein-Uhlenbeck process no better.
+    DDPG-1    The paper's networks have 400 and 300 units, batch normalisation, and a in Q's second layer.
+    DDPG-6    a_t is clipped to its bounds. Noise is independent by default, as later work found the paper's
+              Ornstein-Uhlenbeck process no better.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -73,7 +74,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -91,16 +91,15 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium environment: observes a vector; continuous (Box) actions with bounds
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
-    num_envs: int = 1  # N: actors, each with an environment of its own; as many gradients follow a step of all
+    num_envs: int = 1  # N: actors, each with an environment of its own; N gradients follow a step of all
     buffer_size: int = 1_000_000  # transitions that R keeps: Hopper-v4's million take 108 MB, and as much on the disk
     batch_size: int = 64  # B, the slide's N: transitions per gradient
     learning_starts: int = 10_000  # steps of random actions; beyond them the gradients begin
     actor_lr: float = 1e-3  # Adam's step size for μ
     critic_lr: float = 1e-3  # Adam's step size for Q
     tau: float = 0.005  # τ: share of the way that the targets go to the networks at each step
-    noise: Literal["gaussian", "ou"] = "gaussian"  # N_t: independent, or the paper's Ornstein-Uhlenbeck process
-    noise_std: float = 0.1  # σ of the noise, with ou of what each step adds to it; actions range from -1 to 1
-    ou_theta: float = 0.15  # share of the Ornstein-Uhlenbeck process that decays at each step
+    noise_std: float = 0.1  # σ of what each step adds to the noise N_t; actions range from -1 to 1
+    ou_theta: float = 1.0  # share of N_t that decays per step; 0.15 is the paper's Ornstein-Uhlenbeck process
     gamma: float = 0.99  # γ: discount per step
     compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
@@ -131,7 +130,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     if not (isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1 and continuous and acted.is_bounded()):
@@ -141,7 +140,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
-    # [DETAIL] −1 and 1 become the ends of the environment's range.
+    # [DETAIL] −1 and 1, tanh's limits, become the ends of the environment's range.
     middle, half = acted.high / 2 + acted.low / 2, acted.high / 2 - acted.low / 2
     return gym.wrappers.TransformAction(env, lambda a: (middle + half * a).clip(acted.low, acted.high), acted)
 
@@ -183,7 +182,7 @@ class Critic(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """Actor μ(s), critic Q(s,a), and a copy of each that follows slowly: Q's own target must not run away from it."""
+    """Actor μ(s), critic Q(s,a), and a copy of each that follows slowly, which keeps Q's targets steady."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Box):
         super().__init__()
@@ -199,8 +198,7 @@ class Agent(nn.Module):
 
 
 def as_vector(parameters: list[nn.Parameter]) -> Tensor:
-    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
-    by the number, and this is one tensor, not a dozen."""
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser is faster on one tensor than many."""
     theta = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(theta, parameters)
     return theta
@@ -210,7 +208,7 @@ def as_vector(parameters: list[nn.Parameter]) -> Tensor:
 # Pure functions of tensors, which they leave as they are; shapes that don't broadcast raise torch's RuntimeError.
 
 def td_target(reward: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """y = r + γ Q'(s', μ'(s')), if s' is terminal r (DDPG-10; paper, eq. 5);   all (B,) → (B,), in the rewards' unit
+    """y = r + γ Q'(s', μ'(s')), or r if s' is terminal (DDPG-10; paper, eq. 5);   all (B,) → (B,), in the rewards' unit
 
     A truncated episode's last s' has a future that we don't see, and counts as any other."""
     return reward + gamma * next_value * (1 - terminated)  # [Q-TD] with μ' for the max over a'
@@ -225,9 +223,7 @@ def action_gradient(value: Tensor, action: Tensor) -> Tensor:
     """1/N ∇_a Q(s,a) of DDPG-12 (paper, eq. 6);   value Q (B,), action (B,A) → (B,A)
 
     Divided by N already, so that back-propagation's sum over the minibatch is the mean."""
-    # ∇ of the action alone: Q's parameters get none
-    (gradient,) = torch.autograd.grad(value.mean(), action)
-    return gradient
+    return torch.autograd.grad(value.mean(), action)[0]  # of the action alone: Q's parameters get none
 
 
 def soft_update(target: Tensor, source: Tensor, tau: float) -> Tensor:
@@ -236,7 +232,7 @@ def soft_update(target: Tensor, source: Tensor, tau: float) -> Tensor:
 
 
 def ornstein_uhlenbeck(noise: Tensor, normal: Tensor, theta: float, sigma: float) -> Tensor:
-    """N_t = (1−θ) N_{t−1} + σ ε, noise that lasts (paper, section 7);   N_{t−1}, normal ε ~ N(0,1) (N,A) → (N,A)"""
+    """N_t = (1−θ) N_{t−1} + σ ε, correlated for θ < 1 (paper, section 7);   N_{t−1}, normal ε ~ N(0,1) (N,A) → (N,A)"""
     return (1 - theta) * noise + sigma * normal
 
 
@@ -286,8 +282,7 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         actions = torch.rand(noise.shape) * 2 - 1
     else:
         # [DDPG-6] a_t = μ(s_t|θ^μ) + N_t
-        normal, ou = torch.randn(noise.shape), args.noise == "ou"
-        noise.copy_(ornstein_uhlenbeck(noise, normal, args.ou_theta, args.noise_std) if ou else args.noise_std * normal)
+        noise.copy_(ornstein_uhlenbeck(noise, torch.randn(noise.shape), args.ou_theta, args.noise_std))
         actions = acting.act(torch.from_numpy(obs), noise)
     for n, (actor, s, a) in enumerate(zip(actors, obs, actions.numpy())):
         # [DDPG-7] execute a_t, observe r_t and s_{t+1}
@@ -297,7 +292,7 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         if terminated or truncated:
             episodes.append((actor.episodic_return, actor.length))
             actor.reset()
-            noise[n] = 0  # [DETAIL] an episode's noise has nothing to do with the one's before
+            noise[n] = 0  # [DETAIL] an episode's noise is independent of the one's before
     return episodes
 
 
@@ -403,7 +398,7 @@ class Run:
             raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: an episode that ended at this step, or an iteration that did."""
+        """One row: an episode that ended at this step, or what was learned up to it."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
@@ -518,7 +513,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # small matrices take longer when they are shared out
+    torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None
@@ -529,9 +524,9 @@ def main() -> None:
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
-            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
+            folder = file.parent  # a copy under another name, or another environment, goes on in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
-            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # resumed or evaluated: other ones
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)

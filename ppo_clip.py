@@ -32,6 +32,7 @@ Symbols     variable            shape     meaning
     N, T, K, γ, λ, ε                      settings: see Args
 
 Departures from the slides
+    PPO-1     The actors step in turn, in one process: messages between processes would take longer than most steps.
     PPO-ADV   is the λ = 1 case of the λ-weighted sum here (GAE, arXiv:1506.02438); a smaller λ has less variance and
               more bias. The deck prints γ^{T−t+1} r_{T−1}, as the paper does; the sum needs γ^{T−1−t}.
     PPO-3     The deck says "mini-batch" and "update θ"; the K epochs are the paper's algorithm 1.
@@ -112,7 +113,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -123,7 +124,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        # [DETAIL] −1 and 1 become the ends of the range, where it has two, so that one σ fits all; the rest is clipped.
         bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
         low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
@@ -157,7 +158,7 @@ class Actor:
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
     for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
@@ -203,8 +204,8 @@ class Agent(nn.Module):
         self.obs_norm, self.value_norm = RunningNorm(S), RunningNorm(1)
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
-        # 0.6: with 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] The slides name no policy for continuous actions: here it is Gaussian. σ, the same in every state,
+        # begins at 0.6: with 1 a third of the actions' numbers would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
@@ -221,8 +222,7 @@ class Agent(nn.Module):
 
 
 def as_vector(parameters: list[nn.Parameter]) -> Tensor:
-    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
-    by the number, and this is one tensor, not a dozen."""
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser is faster on one tensor than many."""
     theta = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(theta, parameters)
     return theta
@@ -234,9 +234,9 @@ def as_vector(parameters: list[nn.Parameter]) -> Tensor:
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
     """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
-    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    actor's output (μ or f) (…,A), log_std (A,) or None of a softmax, action (…[,A]) → (…)"""
     if log_std is None:
-        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return output.log_softmax(-1).take_along_dim(action.unsqueeze(-1), -1).squeeze(-1)
     z = (action - output) * (-log_std).exp()
     return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
@@ -261,7 +261,8 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
         gamma: float, lmbda: float) -> Tensor:
     """Â_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V(s_{t+1}) − V(s_t) (paper, eq. 11), for λ = 1 the slide's sum.
 
-    All (T,N) → (T,N), in the rewards' unit. A terminal s_{t+1} is worth 0; a truncated one keeps its value."""
+    All (T,N) → (T,N), in the rewards' unit. [DETAIL] At an episode's end: a terminal s_{t+1} is worth 0, a truncated
+    one keeps its value."""
     td_delta = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lmbda * ~(terminated | truncated)  # what comes after an episode's end belongs to another episode
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
@@ -316,12 +317,12 @@ def minibatch_gradient(agent: Agent, parameters: list[nn.Parameter], args: Args,
     ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()  # r_t(θ)
     policy_loss = -clipped_surrogate(ratio, advantage, args.clip_coef).mean()
     value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
-    # [DETAIL] One step for both networks, and a bonus for entropy (paper, eq. 9 with c1 = ¼).
+    # [DETAIL] One step for both networks; the bonus for entropy keeps π exploring (paper, eq. 9 with c1 = ¼).
     loss = policy_loss + 0.5 * value_loss
     if args.ent_coef:
         loss = loss - args.ent_coef * entropy(output, agent.log_std)
     gradient = torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)])
-    gradient = gradient * (args.max_grad_norm / gradient.norm()).clamp(max=1)  # [DETAIL] no leap on an odd minibatch
+    gradient = gradient * (args.max_grad_norm / gradient.norm()).clamp(max=1)  # [DETAIL] no minibatch can leap far
     return gradient, torch.stack([policy_loss, value_loss]).detach()
 
 
@@ -329,8 +330,8 @@ def update(agent: Agent, old: Agent, theta: Tensor, optimizer: torch.optim.Optim
            args: Args, gradient: Callable = minibatch_gradient) -> dict[str, float]:
     """One iteration's learning, from a rollout to its metrics."""
     obs, actions, rewards, next_obs, terminated, truncated = (x.to(theta.device) for x in rollout[:6])
-    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: π_θold below sees these statistics too, newer than those that the actors acted by (at first none).
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is exactly the one that acts next. But
+    # π_θold below uses these statistics too, and the actors used older ones (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
     with torch.no_grad():
         x, next_x = agent.obs_norm(obs), agent.obs_norm(next_obs)
@@ -339,7 +340,7 @@ def update(agent: Agent, old: Agent, theta: Tensor, optimizer: torch.optim.Optim
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
-        # [DETAIL] Â of mean 0 and variance 1: one price of other terms, and one limit, then fit any size of reward.
+        # [DETAIL] Â of mean 0 and variance 1: the same settings then fit rewards of any size.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         old_log_probs = log_prob(agent.actor(x), agent.log_std, actions)  # of π_θold, before θ moves
     batch = [y.flatten(0, 1) for y in (x, actions, old_log_probs, advantages, agent.value_norm(returns))]
@@ -416,7 +417,7 @@ class Run:
             raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: an episode that ended at this step, or an iteration that did."""
+        """One row: an episode that ended at this step, or what was learned up to it."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
@@ -517,7 +518,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # small matrices take longer when they are shared out
+    torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None
@@ -528,9 +529,9 @@ def main() -> None:
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
-            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
+            folder = file.parent  # a copy under another name, or another environment, goes on in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
-            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # resumed or evaluated: other ones
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)

@@ -9,7 +9,7 @@
 """REINFORCE: actions become more probable, the higher the return that followed them.
 
     python reinforce.py --env-id CartPole-v1 --total-timesteps 200000   # 5 seconds: return about 500
-    python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 2 minutes: return about 1650
+    python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 4 minutes: return about 1650
 
 Slides "复习：策略梯度定理", "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "复习A2C：优势Actor-Critic"
 (Williams 1992; Sutton & Barto, ch. 13)
@@ -40,7 +40,7 @@ Symbols     variable            shape     meaning
 Departures from the slides
     RF-4      θ moves once for N episodes, by the mean of their gradients, not at each t: the later steps of an episode
               are then still samples of the policy that the gradient is taken at. α goes through Adam.
-    G_t       The weight of ∂ log πθ is, by flags, where "scaled" means to mean 0 and variance 1 over an update's steps:
+    G_t       Flags choose the weight of ∂ log πθ; "scaled" is to mean 0 and variance 1 over an update's steps:
                   (default)                     G_t, scaled: how much better than the update's average it was
                   --no-norm-returns             G_t, the slide's; with --num-envs 1 after each episode
                   --baseline                    G_t − V(s_t), scaled
@@ -117,7 +117,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -128,7 +128,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        # [DETAIL] −1 and 1 become the ends of the range, where it has two, so that one σ fits all; the rest is clipped.
         bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
         low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
@@ -162,7 +162,7 @@ class Actor:
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
     for layer, layer_gain in zip(layers[::2], (2**0.5, 2**0.5, gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
@@ -209,8 +209,8 @@ class Agent(nn.Module):
         # [RF-1] initialise θ arbitrarily
         self.actor = mlp(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = mlp(S, 1, gain=1.0)
-        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
-        # 0.6: with 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] The slides name no policy for continuous actions: here it is Gaussian. σ, the same in every state,
+        # begins at 0.6: with 1 a third of the actions' numbers would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
@@ -230,8 +230,7 @@ class Agent(nn.Module):
 
 
 def as_vector(parameters: list[nn.Parameter]) -> Tensor:
-    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
-    by the number, and this is one tensor, not a dozen."""
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser is faster on one tensor than many."""
     theta = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(theta, parameters)
     return theta
@@ -243,10 +242,10 @@ def as_vector(parameters: list[nn.Parameter]) -> Tensor:
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
     """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
-    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    actor's output (μ or f) (…,A), log_std (A,) or None of a softmax, action (…[,A]) → (…)"""
     if log_std is None:
         # [PG-SOFTMAX] in logarithms. [PG-LOGGRAD] The derivative of log Σ exp f is the expectation of ∂f under πθ.
-        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return output.log_softmax(-1).take_along_dim(action.unsqueeze(-1), -1).squeeze(-1)
     z = (action - output) * (-log_std).exp()
     return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
@@ -260,16 +259,17 @@ def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
 
 
 def score_loss(log_probs: Tensor, weight: Tensor, episodes: int) -> Tensor:
-    """−1/N Σ_t log πθ(a_t|s_t) · weight_t, whose gradient is −∂J/∂θ's estimate;   log_probs, weight (B,) → ()
+    """−1/N Σ_t log πθ(a_t|s_t) · weight_t, whose gradient is −RF-4's;   log_probs, weight (B,) → ()
 
-    The weight is G_t, a sample of Q^πθ(s_t,a_t), or an advantage; no gradient passes through it."""
+    The weight is G_t, a sample of Q^πθ(s_t,a_t), or an advantage; no gradient passes through it. As on the slide it has
+    no γ^t, which the exact ∂J/∂θ of γ < 1 has."""
     return -(log_probs * weight).sum() / episodes  # [PG-THM] [PG-BACKPROP]
 
 
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     """G_t = r_t + γ G_{t+1} of one episode, 0 after its end;   rewards (T,) → (T,), in the rewards' unit"""
     returns, g = [], 0.0
-    for reward in reversed(rewards.tolist()):  # plain numbers: a tensor's takes 20 times as long
+    for reward in reversed(rewards.tolist()):  # as numbers: on tensors it takes over 20 times as long
         g = reward + gamma * g
         returns.append(g)
     return rewards.new_tensor(returns[::-1])
@@ -310,8 +310,8 @@ def update(agent: Agent, acting: Agent, theta: Tensor, phi: Tensor, policy_optim
            value_optimizer: torch.optim.Optimizer, episodes: list[Episode], args: Args) -> dict[str, float]:
     """What is learned from N episodes."""
     obs, actions = (torch.cat([episode[i] for episode in episodes]).to(theta.device) for i in (0, 1))
-    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is exactly the one that acts next. But
+    # πθ below uses these statistics too, and the actors used older ones (at first none).
     agent.obs_norm.update(obs)
     with torch.no_grad():
         x = agent.obs_norm(obs)
@@ -328,9 +328,9 @@ def update(agent: Agent, acting: Agent, theta: Tensor, phi: Tensor, policy_optim
     output = agent.actor(x)
     policy_loss = score_loss(log_prob(output, agent.log_std, actions), weights, len(episodes))
     theta.grad = nn.utils.parameters_to_vector(torch.autograd.grad(policy_loss, agent.policy_parameters()))
+    metrics = {"losses/policy_loss": policy_loss, "losses/entropy": entropy(output, agent.log_std)}
     policy_optimizer.step()
     # [RF-5] end for
-    metrics = {"losses/policy_loss": policy_loss, "losses/entropy": entropy(output, agent.log_std)}
     if args.baseline:
         agent.value_norm.update(returns[:, None])
         targets, losses = agent.value_norm(returns), []
@@ -393,7 +393,7 @@ class Run:
             raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: an episode that ended at this step, or an iteration that did."""
+        """One row: an episode that ended at this step, or what was learned up to it."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
@@ -453,7 +453,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 episodes, steps = collect(acting, actors, args.total_timesteps - step)
                 run.collecting = False
                 losses = {}
-                if len(episodes) == args.num_envs:  # of fewer, as the run ends, the longest would be missing
+                if len(episodes) == args.num_envs:  # fewer as the run ends: the longest are missing
                     losses = update(agent, acting, theta, phi, policy_optimizer, value_optimizer, episodes, args)
                 for episode in episodes:
                     run.log(step + episode.end, dict(zip(METRICS, (episode.episodic_return, len(episode.rewards)))))
@@ -496,7 +496,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # small matrices take longer when they are shared out
+    torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None
@@ -507,9 +507,9 @@ def main() -> None:
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
-            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
+            folder = file.parent  # a copy under another name, or another environment, goes on in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
-            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # resumed or evaluated: other ones
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)

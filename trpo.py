@@ -6,7 +6,7 @@
 #                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""TRPO: each update goes as far as a trust region, an expected KL of ε, lets it.
+"""TRPO: each update stays inside a trust region, an expected KL of at most ε.
 
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 30 seconds: return about 500
@@ -26,7 +26,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
     TRPO-KL     such that E_{s_t~pθ}[ D_KL(πθ'(a_t|s_t) ‖ πθ(a_t|s_t)) ] ≤ ε
     TRPO-MONO   J(θ') ≥ L_θ(θ') − C · D_KL^max(θ,θ'),  C = 4εγ/(1−γ)²,  ε = max_{s,a} |A_π(s,a)|,
                 L_θ(θ') = J(θ) + Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]: what raises the right side raises J.
-                As C is far too large to use, the mean KL is bounded instead.
+                C is far too large to use, and a bound for every state too much to ask: the mean KL is bounded.
                 Solved under the constraint (--solver cg; without TRPO-CG-4 it is a natural policy gradient)
     TRPO-CG-1     g = ∇ of the surrogate at θ
     TRPO-CG-2     x ≈ H⁻¹ g by conjugate gradient, H = ∇² of the KL at θ (Fisher), only by products H v
@@ -44,7 +44,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
     VINE-2      at each s_n take K actions a_{n,k}: all of them, or samples of πθ(·|s_n)
     VINE-3      after each, follow πθ for a short way, with the same random numbers for all K
     VINE-4      Q̂(s_n,a_{n,k}) = Σ_{i<L} γ^i r_{t+i} + γ^L V(s_{t+L}), with s_t = s_n; no V where the episode ended
-    VINE-5      L_θ(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]; with all actions w_k = πθ'(a_{n,k}|s_n), so that
+    VINE-5      maximise E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]; with all actions w_k = πθ'(a_{n,k}|s_n), so that
                 Σ_k w_k = 1; with samples w_k = πθ'(a_{n,k}|s_n) / πθ(a_{n,k}|s_n)
 
 Symbols     variable            shape     meaning
@@ -66,9 +66,10 @@ Symbols     variable            shape     meaning
 Departures from the slides
     J-SURR      leaves out γ^t, which makes it a plain mean over samples: with γ^t, late steps would hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
-    TRPO-CG-1   and the four lines after it are the paper's and the book's (动手学强化学习, 11.3): the deck only names the
-                Taylor expansion and the conjugate gradient.
-    TRPO-PEN-1  the argmax is some epochs of Adam; λ stays at 0 or above: staying inside ε is never rewarded.
+    TRPO-CG-1   to TRPO-CG-4 are the paper's and the book's (动手学强化学习, chapter 11): the deck only names the Taylor
+                expansion and the conjugate gradient.
+    TRPO-PEN-1  the argmax is some epochs of Adam.
+    TRPO-PEN-2  λ stays at 0 or above: below 0 it would reward a large KL.
     VINE-4      adds V, and its bias, after a few steps; the paper has no V, and on MuJoCo branches of 50 to 100 steps.
     VINE-5      has the KL's mean over all states beside it, the paper's is over the s_n.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors; V is
@@ -118,10 +119,10 @@ class Args:
     kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
     cg_iters: int = 25  # iterations of the conjugate gradient; the paper has 10
     cg_damping: float = 0.1  # multiple of the identity added to H
-    cg_subsampling: int = 1  # H is of one in so many of the T·N steps, at random: saves time on Atari; paper: 10
+    cg_subsampling: int = 1  # n: H is the mean over a random 1/n of the T·N steps: saves time on Atari; paper: 10
     backtrack_coef: float = 0.8  # α: what the line search shortens the step by
     backtrack_iters: int = 10  # steps that the line search tries
-    line_search: bool = True  # off: takes β x as it is, which is the natural policy gradient
+    line_search: bool = True  # off: takes β x as it is, a natural policy gradient
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
     vine: bool = False  # compare K actions in each of M states by short branches, which count as steps, too
@@ -175,7 +176,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.AtariPreprocessing(env, noop_max=waits, screen_size=SCREEN)
         env = gym.wrappers.FrameStackObservation(env, 4)
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one not
+        env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
     observed, acted = env.observation_space, env.action_space
     continuous = isinstance(acted, gym.spaces.Box) and len(acted.shape) == 1 and acted.dtype.kind == "f"
     discrete = isinstance(acted, gym.spaces.Discrete) and acted.start == 0
@@ -187,7 +188,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:
-        # [DETAIL] −1 and 1 become the ends of the environment's range, where it has two; what is beyond is clipped.
+        # [DETAIL] −1 and 1 become the ends of the range, where it has two, so that one σ fits all; the rest is clipped.
         bounded = np.isfinite(acted.low) & np.isfinite(acted.high)
         low, high = np.where(bounded, acted.low, -1), np.where(bounded, acted.high, 1)
         middle, half = high / 2 + low / 2, high / 2 - low / 2
@@ -233,10 +234,10 @@ class Actor:
 # ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential:
-    """[DETAIL] Orthogonal weights keep the signal's size; a last layer near 0 gives all actions an even start."""
+    """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     if len(inputs) == 1:
         layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    else:  # [DETAIL] Like the paper's for Atari, on smaller frames: 31,000 parameters, the paper's has 33,500.
+    else:  # [DETAIL] The paper's for Atari, but with ReLU for tanh, and 42×42 points for 52×40.
         layers = [nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(), nn.Flatten(),
                   nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
     for layer in layers:
@@ -286,8 +287,8 @@ class Agent(nn.Module):
         self.register_buffer("dual", torch.tensor(1.0))  # λ; a buffer, so that a resumed run goes on with it
         self.actor = network(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = network(S, 1, gain=1.0)
-        # [DETAIL] Continuous actions, which the slides don't have, are Gaussian. σ, the same in every state, begins at
-        # 0.6: with 1 a third of the actions would be beyond their bounds.
+        # [DETAIL] The slides name no policy for continuous actions: here it is Gaussian. σ, the same in every state,
+        # begins at 0.6: with 1 a third of the actions' numbers would be beyond their bounds.
         self.log_std = None if self.discrete else nn.Parameter(torch.full((A,), -0.5))
 
     def noise(self, *shape: int) -> Tensor:
@@ -307,8 +308,7 @@ class Agent(nn.Module):
 
 
 def as_vector(parameters: list[nn.Parameter]) -> Tensor:
-    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser's step costs by the tensor rather than
-    by the number, and this is one tensor, not a dozen."""
+    """[DETAIL] θ: one vector, of which the parameters become views. An optimiser is faster on one tensor than many."""
     theta = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(theta, parameters)
     return theta
@@ -320,9 +320,9 @@ def as_vector(parameters: list[nn.Parameter]) -> Tensor:
 def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
     """log πθ(a|s) of a Gaussian, −Σ_A (½ ((a−μ)/σ)² + log σ + ½ log 2π), or a softmax, f_θ(s,a) − log Σ_a' e^f_θ(s,a').
 
-    actor's output (μ or f) (B,A), log_std (A,) or None of a softmax, action (B[,A]) → (B,)"""
+    actor's output (μ or f) (…,A), log_std (A,) or None of a softmax, action (…[,A]) → (…)"""
     if log_std is None:
-        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return output.log_softmax(-1).take_along_dim(action.unsqueeze(-1), -1).squeeze(-1)
     z = (action - output) * (-log_std).exp()
     return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
@@ -336,21 +336,19 @@ def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
 
 
 def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
-    """E[ (πθ'/πθ) A ], what the policy gains to first order (paper, eq. 14, q = πθ);   ratio, advantage (B,) → ()"""
+    """E[ (πθ'/πθ) A ], what θ' gains to first order (paper, eq. 14, q = πθ, A for Q);   ratio, advantage (B,) → ()"""
     return (ratio * advantage).mean()  # [J-SURR]
 
 
 def vine_surrogate(log_weight: Tensor, q: Tensor) -> Tensor:
-    """E_n[ Σ_k w_k Q̂_k / Σ_k w_k ], w_k = e^log_weight (VINE-5; paper, eq. 15 and 16);   log_weight, q (M,K) → ()
-
-    Adding a constant to a row of q adds only a constant here, so q needs no baseline."""
+    """E_n[ Σ_k w_k Q̂_k / Σ_k w_k ], w_k = e^log_weight (VINE-5; paper, eq. 15 and 16);   log_weight, q (M,K) → ()"""
     return (log_weight.softmax(-1) * q).sum(-1).mean()
 
 
 def kl_divergence(p: Tensor, log_std_p: Tensor | None, q: Tensor, log_std_q: Tensor | None) -> Tensor:
     """D_KL(p ‖ q) in nats: Σ_A (log σ_q/σ_p + (σ_p² + (μ_p−μ_q)²) / 2σ_q² − ½), or Σ_a p (log p − log q).
 
-    actor's outputs p, q (B,A), log_stds (A,) or None of a softmax → (B,)"""
+    actor's outputs p, q (…,A), log_stds (A,) or None of a softmax → (…)"""
     if log_std_p is None:
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -361,7 +359,7 @@ def kl_divergence(p: Tensor, log_std_p: Tensor | None, q: Tensor, log_std_q: Ten
 def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Tensor:
     """x ≈ H⁻¹ g for a symmetric positive definite H, of which only products H v are known;   g (P,) → (P,)
 
-    Hestenes & Stiefel 1952 (paper, appendix C). Stops early once g − H x is shorter than 1e-10 of g."""
+    Hestenes & Stiefel 1952 (paper, appendix C). Stops early once the residual is shorter than 1e-10 of g."""
     x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
     rr = residual @ residual
     for _ in range(iterations):
@@ -385,7 +383,8 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
         gamma: float, lmbda: float) -> Tensor:
     """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V(s_{t+1}) − V(s_t) (arXiv:1506.02438, eq. 16).
 
-    All (T,N) → (T,N), in the rewards' unit. A terminal s_{t+1} is worth 0; a truncated one keeps its value."""
+    All (T,N) → (T,N), in the rewards' unit. [DETAIL] At an episode's end: a terminal s_{t+1} is worth 0, a truncated
+    one keeps its value."""
     td_delta = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lmbda * ~(terminated | truncated)  # what comes after an episode's end belongs to another episode
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
@@ -461,19 +460,19 @@ def compiled(function: Callable) -> Callable:
 
 
 def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> Callable[[], Tensor]:
-    """The vine's objective as a function of what the agent becomes"""
+    """Returns a function: the vine's objective of the agent as it then is, πθ', where πθ is as now"""
     def log_probs() -> Tensor:
         outputs = agent.actor(states).unsqueeze(1).expand(-1, q.shape[1], -1)
         return log_prob(outputs, agent.log_std, actions)
 
     drawn = 0.0 if agent.discrete else log_probs().detach()  # every discrete action is there once, none was drawn
-    # [VINE-5] L_θ(θ') = E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]
+    # [VINE-5] maximise E_n[ Σ_k w_k Q̂(s_n,a_{n,k}) / Σ_k w_k ]
     return lambda: vine_surrogate(log_probs() - drawn, q)
 
 
 def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine: list | None = None) -> Callable:
-    """Compares what the agent becomes, πθ', with what it is now, πθ: objective and KL, on all steps or a minibatch; the
-    vine's objective always on all its branches."""
+    """Returns a function: objective and KL of the agent as it then is, πθ', against πθ as now; on all steps or a
+    minibatch, but the vine's objective always on all its branches"""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
@@ -481,17 +480,20 @@ def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine:
 
     def objective_and_kl(mb: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
         output = agent.actor(x[mb])
+        # [TRPO-KL] what shall stay below ε
+        kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std).mean()
+        if vine:
+            return of_vine(), kl
+        # [TRPO-OBJ] what θ' shall maximise
         ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
-        kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std)
-        # [TRPO-OBJ] what θ' shall maximise; [TRPO-KL] what shall stay below ε
-        return of_vine() if vine else surrogate(ratio, advantage[mb]), kl.mean()
+        return surrogate(ratio, advantage[mb]), kl
 
     return objective_and_kl
 
 
 def solve_cg(agent: Agent, theta: Tensor, x: Tensor, action: Tensor, advantage: Tensor, args: Args,
              vine: list | None = None) -> dict:
-    """The step that improves the surrogate most inside the trust region, to first order."""
+    """The best step by the surrogate's slope and the KL's curvature, shortened until the true ones agree"""
     parameters, objective_and_kl = agent.policy_parameters(), comparison(agent, x, action, advantage, vine)
 
     def gradient(of: Tensor, **kwargs: bool) -> Tensor:
@@ -533,7 +535,7 @@ def fit_values(agent: Agent, phi: Tensor, optimizer: torch.optim.Optimizer, x: T
                args: Args, gradient: Callable = value_gradient) -> dict:
     """Several passes over the iteration's steps; returns the mean loss."""
     parameters, losses = [*agent.critic.parameters()], []
-    # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: a single one would lag behind.
+    # [TRPO-CG-5] fit the value function to the returns. [DETAIL] By many small steps: one would leave V behind.
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(x)).split(args.minibatch_size):
             phi.grad, loss = gradient(agent.critic, parameters, x[mb], target[mb])
@@ -564,8 +566,8 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
            gradient: Callable = value_gradient) -> dict[str, float]:
     """One iteration's learning, from a rollout to its losses."""
     obs, actions, rewards, next_obs, terminated, truncated = (x.to(theta.device) for x in rollout[:6])
-    # [DETAIL] Statistics first, then θ: the policy that is optimised here is to the letter the one that acts next.
-    # The price: πθ below sees these statistics too, newer than those that the actors acted by (at first none).
+    # [DETAIL] Statistics first, then θ: the policy that is optimised here is exactly the one that acts next. But
+    # πθ below uses these statistics too, and the actors used older ones (at first none).
     agent.obs_norm.update(obs.flatten(0, 1))
     if agent.frames:
         rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
@@ -575,7 +577,7 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values  # the λ-return: what V(s_t) should have been
         agent.value_norm.update(returns.reshape(-1, 1))
-        # [DETAIL] A of mean 0 varies the gradient less; its variance of 1 lets one λ fit any size of reward.
+        # [DETAIL] A of mean 0 varies the gradient less; with a variance of 1 one price λ fits any size of reward.
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     if agent.frames:  # [DETAIL] In this layout a convolution's gradient takes a third less time.
         x = x.contiguous(memory_format=torch.channels_last)
@@ -583,7 +585,7 @@ def update(agent: Agent, old: Agent, theta: Tensor, phi: Tensor, policy_optimize
     vine = None
     if args.vine:
         states, tried, q = (y.to(theta.device) for y in rollout.vine)
-        # [DETAIL] Scaled like A. Equal Q̂ of a state first become 0 to the bit, so that no rest of rounding is enlarged.
+        # [DETAIL] Scaled like A. Equal Q̂ of a state first become exactly 0, or rounding errors would be enlarged.
         q = q - q[:, :1]
         q = q - q.mean(-1, keepdim=True)
         vine = [agent.obs_norm(states), tried, q / (q.std(correction=0) + 1e-8)]
@@ -646,7 +648,7 @@ class Run:
             raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: an episode that ended at this step, or an iteration that did."""
+        """One row: an episode that ended at this step, or what was learned up to it."""
         if not all(map(math.isfinite, metrics.values())):
             raise Failure(f"step {step} has numbers that aren't finite: lower learning rates, or mend the environment")
         if "charts/episodic_return" in metrics:
@@ -753,7 +755,7 @@ def load(path: str) -> tuple[Args, Path, dict]:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
     warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # small matrices take longer when they are shared out
+    torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None
@@ -764,9 +766,9 @@ def main() -> None:
         step, name = checkpoint.get("global_step", 0), f"{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
         folder = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         if file.name == "checkpoint.pt" and args.env_id == checkpoint["args"]["env_id"]:
-            folder = file.parent  # a copy under another name, or another environment, is gone on with in a new folder
+            folder = file.parent  # a copy under another name, or another environment, goes on in a new folder
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may draw from any of these
-            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # not those that training began with
+            seed((args.seed + step if training else -1 - args.seed) % 2**32)  # resumed or evaluated: other ones
         videos = folder / "videos" / f"{time.time():.0f}" if args.capture_video else None
         envs = [make_env(args.env_id, None if n else videos) for n in range(args.num_envs if training else 1)]
         agent = Agent(envs[0].observation_space, envs[0].action_space)

@@ -76,7 +76,6 @@ FLAGS_OF_ONE = {
         "an_actor_lr_of_nothing": (["--actor-lr", "0"], "--actor-lr"),
         "a_critic_lr_that_is_no_number": (["--critic-lr", "nan"], "--critic-lr"),
         "negative_noise": (["--noise-std", "-0.1"], "--noise-std"),
-        "an_unknown_noise": (["--noise", "pink"], "--noise"),
     },
     "trpo": NO_ACTORS | FLAGS_OF_ROLLOUTS | {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),

@@ -375,8 +375,8 @@ def test_learning_starts_counts_the_steps_of_all_actors(learning_starts, random)
 
 
 @pytest.mark.parametrize("settings, rest", [
-    ({"noise_std": 0.1}, 0.0), ({"noise_std": 0.8, "ou_theta": 0.5}, 0.0),
-    ({"noise": "ou", "noise_std": 0.05}, 0.85), ({"noise": "ou", "noise_std": 0.7, "ou_theta": 0.5}, 0.5),
+    ({"noise_std": 0.1}, 0.0), ({"noise_std": 0.8}, 0.0),
+    ({"noise_std": 0.05, "ou_theta": 0.15}, 0.85), ({"noise_std": 0.7, "ou_theta": 0.5}, 0.5),
 ], ids=["gaussian", "wide_gaussian", "ou", "wide_ou"])
 def test_then_they_are_the_policys_and_noise_of_its_own_for_each_actor(settings, rest):
     agent, actors, args = new_agent(1, 1), [Actor(Endless(), BAR) for _ in range(2)], Args(learning_starts=0, **settings)
@@ -398,12 +398,12 @@ def test_then_they_are_the_policys_and_noise_of_its_own_for_each_actor(settings,
 def test_lasting_noise_begins_with_the_first_action_of_the_policy():
     agent, actors, (replay, noise) = new_agent(1, 1), [Actor(Endless(), BAR)], empty()
     for step, noisy in enumerate([False, False, True]):
-        collect(agent, actors, replay, noise, step, Args(learning_starts=2, noise="ou"))
+        collect(agent, actors, replay, noise, step, Args(learning_starts=2, ou_theta=0.15))
         assert noise.any() == noisy
 
 
 def test_an_actors_noise_ends_with_its_episode():
-    agent, args = new_agent(1, 1), Args(learning_starts=0, noise="ou", noise_std=0.1)
+    agent, args = new_agent(1, 1), Args(learning_starts=0, ou_theta=0.15, noise_std=0.1)
     ending = envs.Echo(length=2), envs.Echo(length=9), gym.wrappers.TimeLimit(Endless(), 2)
     actors = [Actor(env, BAR) for env in ending]
     replay, noise = empty(N=3)

@@ -309,6 +309,15 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
     assert_acts_alone(acting, agent, lambda: collect(acting, [Actor(Clock(space), BAR)], 99)[0][0][:3])
 
 
+@SPACES
+def test_the_entropy_told_is_of_the_policy_that_was_learned_from(space):
+    agent = agent_of(reinforce, space)
+    episodes = [episode_of(agent, 9)]
+    new, metrics = updated(agent, episodes)
+    x = new.obs_norm(episodes[0].obs)
+    assert metrics["losses/entropy"] == pytest.approx(policy(agent, x).entropy().mean().item())
+
+
 def test_an_update_adds_the_observations_to_the_statistics():
     agent = agent_of(reinforce, Discrete(3))
     episodes = [episode_of(agent, 6), episode_of(agent, 15)]

@@ -1,9 +1,12 @@
 """What several scripts need is the same text in each, so that their diff is the difference of their algorithms."""
 
 import ast
+import importlib
 import re
 from collections import Counter, defaultdict
 
+import pytest
+import torch
 from helpers import SCRIPTS
 
 # What is an algorithm's own although another script has something of that name.
@@ -67,3 +70,11 @@ def test_the_two_that_play_atari_make_their_environments_in_the_same_way():
     a3c, trpo = (script for script in SCRIPTS if script.name in ("a3c", "trpo"))
     texts = [re.search(r"^def make_env.*?(?=^\S)", script.source, re.M | re.S)[0] for script in (a3c, trpo)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["a3c", "trpo", "ppo_clip", "ppo_kl", "reinforce"])
+@pytest.mark.parametrize("log_std", [None, torch.zeros(3)], ids=["discrete", "continuous"])
+def test_log_prob_refuses_fewer_actions_than_states(name, log_std):
+    actions = torch.zeros(4, dtype=torch.long) if log_std is None else torch.zeros(4, 3)
+    with pytest.raises(RuntimeError):
+        importlib.import_module(name).log_prob(torch.zeros(5, 3), log_std, actions)
