@@ -115,7 +115,8 @@ class Args:
     def __post_init__(self):
         for name, x in vars(self).items():
             may_be_0 = name in ("seed", "learning_starts", "tau", "noise_std", "ou_theta", "gamma")
-            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+            most = 1 if name in ("tau", "ou_theta", "gamma") else math.inf
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
 
@@ -413,8 +414,11 @@ class Run:
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
         state = {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "metrics_size": self.metrics.tell()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(numbers.isfinite().all() for numbers in state["agent"].values()):
+            raise Failure(f"step {step} has networks that aren't finite: lower learning rates, or mend the environment")
         buffer = io.BytesIO()  # as torch would hide a disk's errors
-        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        torch.save(state, buffer)
         with open(self.folder / "checkpoint.partial", "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -476,7 +480,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                     losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args, *gradients)
                                for _ in actors]
                 if step % LOG_STEPS < N:
-                    log_losses()  # before a save, as they tell whether the networks are finite
+                    log_losses()
                     if time.time() > run.due:
                         run.save(step)
         log_losses()

@@ -102,7 +102,8 @@ class Args:
     def __post_init__(self):
         for name, x in vars(self).items():
             may_be_0 = name in ("seed", "gamma", "gae_lambda", "ent_coef", "beta")
-            if type(x) in (int, float) and not (x > 0 or x == 0 and may_be_0):
+            most = 1 if name in ("gamma", "gae_lambda") else math.inf
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
 
@@ -241,7 +242,7 @@ def log_prob(output: Tensor, log_std: Tensor | None, action: Tensor) -> Tensor:
 
     actor's output (μ or f) (…,A), log_std (A,) or None of a softmax, action (…[,A]) → (…)"""
     if log_std is None:
-        return output.log_softmax(-1).take_along_dim(action.unsqueeze(-1), -1).squeeze(-1)
+        return output.log_softmax(-1).gather(-1, action.unsqueeze(-1).expand(*output.shape[:-1], 1)).squeeze(-1)
     z = (action - output) * (-log_std).exp()
     return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * len(log_std)
 
@@ -288,7 +289,7 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
     one keeps its value."""
     td_delta = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lmbda * ~(terminated | truncated)  # what comes after an episode's end belongs to another episode
-    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    advantages, advantage = torch.zeros_like(td_delta), torch.zeros_like(td_delta[0])
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = td_delta[t] + carry[t] * advantage  # [PPO-ADV]
     return advantages
@@ -460,8 +461,11 @@ class Run:
     def save(self, step: int) -> None:
         """A crash or a full disk leaves the old checkpoint or the new one, never half of one."""
         state = {"script": SCRIPT, "args": asdict(self.args), "global_step": step, "metrics_size": self.metrics.tell()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(numbers.isfinite().all() for numbers in state["agent"].values()):
+            raise Failure(f"step {step} has networks that aren't finite: lower learning rates, or mend the environment")
         buffer = io.BytesIO()  # as torch would hide a disk's errors
-        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, buffer)
+        torch.save(state, buffer)
         with open(self.folder / "checkpoint.partial", "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()

@@ -38,8 +38,10 @@ def main(module):
 
 @pytest.fixture
 def launched(script, main):
-    """Like main, but for a3c in a process of its own: what its workers say and see is their stderr's and environment's"""
-    return partial(run, script.path) if script.name == "a3c" else main
+    """Like main, but for a3c in a process of its own: what its workers say and see is their stderr's and environment's;
+    and saving at its end alone, however long a worker takes to start"""
+    unhurried = f"import sys; sys.path[0] = {str(ROOT)!r}; import a3c; a3c.CHECKPOINT_SECONDS = 1e9; a3c.main()"
+    return partial(run, "-c", unhurried) if script.name == "a3c" else main
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,22 @@
 """What a user can mend is told in one line or by tyro, with exit code 2, and nothing is written; what an environment
 raises has its traceback."""
 
+import contextlib
 import errno
+import io
+import math
 import multiprocessing
 import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import envs  # noqa: F401, registers them
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPTS, TRACKING, complaints, contents, environment, only_run, run
+from helpers import SCRIPTS, TRACKING, complaints, contents, environment, handlers_kept, only_run, run
 
 FLAGS = {
     "an_unknown_environment": (["--env-id", "Nowhere-v0"], "Nowhere"),
@@ -31,6 +35,7 @@ FLAGS = {
     "no_episodes": (["--eval-episodes", "0"], "--eval-episodes"),
     "a_negative_seed": (["--seed", "-1"], "--seed"),
     "a_gamma_that_is_no_number": (["--gamma", "nan"], "--gamma"),
+    "a_gamma_above_1": (["--gamma", "1.01"], "--gamma"),
     "an_unknown_flag": (["--sede", "1"], "--sede"),
     "a_word_for_a_number": (["--seed", "one"], "--seed"),
     "a_fraction_for_an_integer": (["--total-timesteps", "1e6"], "--total-timesteps"),
@@ -47,6 +52,7 @@ FLAGS_OF_ROLLOUTS = {
     "empty_minibatches": (["--minibatch-size", "0"], "--minibatch-size"),
     "no_epochs": (["--update-epochs", "0"], "--update-epochs"),
     "a_negative_lambda": (["--gae-lambda", "-0.1"], "--gae-lambda"),
+    "a_lambda_above_1": (["--gae-lambda", "9.5"], "--gae-lambda"),
 }
 FLAGS_OF_GRADIENTS = {
     "no_learning": (["--learning-rate", "0"], "--learning-rate"),
@@ -76,6 +82,8 @@ FLAGS_OF_ONE = {
         "an_actor_lr_of_nothing": (["--actor-lr", "0"], "--actor-lr"),
         "a_critic_lr_that_is_no_number": (["--critic-lr", "nan"], "--critic-lr"),
         "negative_noise": (["--noise-std", "-0.1"], "--noise-std"),
+        "noise_that_grows": (["--ou-theta", "15"], "--ou-theta"),
+        "targets_that_overshoot": (["--tau", "2"], "--tau"),
     },
     "trpo": NO_ACTORS | FLAGS_OF_ROLLOUTS | {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),
@@ -318,6 +326,20 @@ def test_an_error_in_the_users_own_module_has_its_file_and_line(script, runs):
     (runs.parent / "faulty.py").write_text("import gymnasium\n\n1 / 0\n")
     code, _, err = run(script.path, "--env-id", "faulty:Env-v0", env=environment(PYTHONPATH=str(runs.parent)))
     assert code == 1 and "ZeroDivisionError" in err and 'faulty.py", line 3' in err
+
+
+def test_networks_that_are_not_finite_are_not_saved(module, tmp_path):
+    """As the last of all updates can leave them: no later loss tells"""
+    theta = torch.ones(3)
+    with handlers_kept(), contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+        agent = SimpleNamespace(state_dict=lambda: {"actor": theta})
+        run = module.Run(module.Args(), tmp_path, {}, 100, agent=agent)
+        run.save(10)
+        saved = (tmp_path / "checkpoint.pt").read_bytes()
+        theta[1] = math.inf
+        with pytest.raises(module.Failure, match="step 20 .*aren't finite"):
+            run.finish(20)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
 def test_a_run_whose_environment_fails_later_stays_as_last_saved(script, launched, folder):

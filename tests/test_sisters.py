@@ -74,7 +74,12 @@ def test_the_two_that_play_atari_make_their_environments_in_the_same_way():
 
 @pytest.mark.parametrize("name", ["a3c", "trpo", "ppo_clip", "ppo_kl", "reinforce"])
 @pytest.mark.parametrize("log_std", [None, torch.zeros(3)], ids=["discrete", "continuous"])
-def test_log_prob_refuses_fewer_actions_than_states(name, log_std):
+def test_log_prob_refuses_fewer_actions_than_states_and_actions_that_are_none(name, log_std):
+    log_prob = importlib.import_module(name).log_prob
     actions = torch.zeros(4, dtype=torch.long) if log_std is None else torch.zeros(4, 3)
     with pytest.raises(RuntimeError):
-        importlib.import_module(name).log_prob(torch.zeros(5, 3), log_std, actions)
+        log_prob(torch.zeros(5, 3), log_std, actions)
+    if log_std is None:
+        for action in (-1, 3):
+            with pytest.raises(RuntimeError):
+                log_prob(torch.zeros(1, 3), None, torch.tensor([action]))

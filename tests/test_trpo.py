@@ -818,12 +818,13 @@ def test_a_film_shows_the_first_actor_also_beside_a_vine(tmp_path, monkeypatch):
 
 # ── Atari ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.parametrize("solver", ["cg", "penalty"])
 @pytest.mark.parametrize("flags", [("--cg-subsampling", 5), ("--vine", "--vine-states", 2, "--vine-steps", 3)],
                          ids=["single path", "vine"])
-def test_a_game_is_learned_from(flags, tmp_path):
+def test_a_game_is_learned_from(flags, solver, tmp_path):
     pytest.importorskip("ale_py")
     code, _, err = run_here(trpo, "--env-id", "ALE/Breakout-v5", "--num-envs", 2, "--num-steps", 20, "--update-epochs", 1,
-                            "--total-timesteps", 90, "--runs-dir", tmp_path, *flags)
+                            "--total-timesteps", 90, "--runs-dir", tmp_path, "--solver", solver, *flags)
     assert (code, complaints(err)) == (0, [])
     row = [row for row in metrics(only_run(tmp_path)) if row["losses/kl"]][-1]
     assert 0 < float(row["losses/kl"]) <= 0.01
