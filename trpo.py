@@ -481,13 +481,14 @@ def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine:
 
     def objective_and_kl(mb: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
         output = agent.actor(x[mb])
-        # [TRPO-KL] what shall stay below ε
-        kl = kl_divergence(output, agent.log_std, old_output[mb], old_log_std).mean()
-        if vine:
-            return of_vine(), kl
         # [TRPO-OBJ] what θ' shall maximise
-        ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
-        return surrogate(ratio, advantage[mb]), kl
+        if vine:
+            objective = of_vine()
+        else:
+            ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
+            objective = surrogate(ratio, advantage[mb])
+        # [TRPO-KL] what shall stay below ε
+        return objective, kl_divergence(output, agent.log_std, old_output[mb], old_log_std).mean()
 
     return objective_and_kl
 
