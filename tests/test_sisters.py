@@ -83,3 +83,10 @@ def test_log_prob_refuses_fewer_actions_than_states_and_actions_that_are_none(na
         for action in (-1, 3):
             with pytest.raises(RuntimeError):
                 log_prob(torch.zeros(1, 3), None, torch.tensor([action]))
+
+
+@pytest.mark.parametrize("name", ["trpo", "ppo_clip", "ppo_kl"])
+def test_gae_of_whole_rewards_is_not_cut_to_whole_numbers(name):
+    rewards, values, ends = torch.ones(4, 2).long(), torch.rand(2, 4, 2).double(), torch.zeros(2, 4, 2, dtype=torch.bool)
+    of = importlib.import_module(name).gae
+    torch.testing.assert_close(of(rewards, *values, *ends, 0.9, 0.8), of(rewards.double(), *values, *ends, 0.9, 0.8))
