@@ -15,10 +15,10 @@ from helpers import ROOT, environment
 sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
 import returns  # noqa: E402
 
-GRID = """name,script,env_ids,seeds,flags,minutes
-short,reinforce,CartPole-v1,1,--total-timesteps 3000,
-long,ppo_clip,envs:Held-v0,1,--total-timesteps 10240 --update-epochs 1,
-wrong,reinforce,CartPole-v1,1,--gamma -2,
+GRID = """name,script,env_ids,seeds,flags
+short,reinforce,CartPole-v1,1,--total-timesteps 3000
+long,ppo_clip,envs:Held-v0,1,--total-timesteps 10240 --update-epochs 1
+wrong,reinforce,CartPole-v1,1,--gamma -2
 """
 CELLS = "short/CartPole-v1/1", "long/envs:Held-v0/1"
 
@@ -130,5 +130,5 @@ def test_a_run_that_diverged_or_is_complete_counts_and_one_that_failed_does_not(
     command = [sys.executable, "-c", f"import sys; print({text!r}, file=sys.stderr); sys.exit(2)"]
     with (tmp_path / "lock").open("w") as lock, (tmp_path / "log").open("w") as log:
         with contextlib.nullcontext() if counts else pytest.raises(subprocess.CalledProcessError):
-            returns.train(command, None, tmp_path, lock, log)
+            returns.train(command, tmp_path, lock, log)
     assert (tmp_path / "log").read_text().strip() == text

@@ -57,7 +57,6 @@ STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REIN
               "trpo_0.5": "TRPO, ε = 0.5", "npg_0.5": "natural gradient, ε = 0.5", "ppo_clip": "PPO"}
 WORKERS = {"a3c_1_worker": "1 actor-learner", "a3c": "2 actor-learners"}
 DDPG_BATCHES = {"ddpg": 64, "ddpg_batch_256": 256}
-PONG = {"a3c": "feed-forward", "a3c_lstm": "LSTM"}
 PEERS = {"ppo_clip": "PPO", "ppo_kl": "PPO", "trpo": "TRPO", "a3c": "A2C", "ddpg": "DDPG"}  # by name, in any library
 
 
@@ -442,7 +441,7 @@ def main() -> None:
         figure(env_id, env_id, {script: script for script in SCRIPTS})
     figure("step-sizes", "Hopper-v4", STEP_SIZES)
     figure("workers", "Hopper-v4", WORKERS, minutes=True)
-    figure("ALE-Pong-v5", "ALE/Pong-v5", PONG)
+    figure("ALE-Pong-v5", "ALE/Pong-v5", {row: name for name, row in ATARI_RUNS.items()})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result has a row for every 10,000 steps of
 training, under one line of comment with the command, commit and versions, the mean return of 100 episodes (of an Atari
 game 10) of the trained agent without exploration (`--evaluate`), the median of each loss, and what else the tables
-need. What a cell was doing when it was stopped, and the log of one that failed, stay in --work. A row with minutes is
-not trained to the end of its schedule: its runs are interrupted (Ctrl-C) after as many. A run that diverges, as its
-script says, counts with the episodes until then and its last checkpoint. A run that was stopped and resumed has begun
-new episodes there, so its numbers are not those that its command alone gives: its result says "resumed".
+need. What a cell was doing when it was stopped, and the log of one that failed, stay in --work. A run that diverges,
+as its script says, counts with the episodes until then and its last checkpoint. A run that was stopped and resumed has
+begun new episodes there, so its numbers are not those that its command alone gives: its result says "resumed".
 
 On a Ray cluster, --work is a folder of each machine, or better one that all of them share: a cell whose machine is lost
 is begun anew where another finds nothing of it, and gone on with otherwise. Only this process writes results.
@@ -23,7 +22,6 @@ import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,7 +49,6 @@ class Cell(NamedTuple):
     env_id: str
     seed: str
     flags: list[str]
-    minutes: float | None
 
     @property
     def path(self) -> Path:
@@ -60,7 +57,7 @@ class Cell(NamedTuple):
 
 def read_grid(path: Path) -> list[Cell]:
     return [
-        Cell(row["name"], row["script"], env_id, seed, shlex.split(row["flags"]), float(row["minutes"] or 0) or None)
+        Cell(row["name"], row["script"], env_id, seed, shlex.split(row["flags"]))
         for row in csv.DictReader(path.open())
         for seed in row["seeds"].split()
         for env_id in row["env_ids"].split()
@@ -81,18 +78,12 @@ def describe(command: str, commit: str, **more: object) -> str:
     return "# " + json.dumps({"command": command, "commit": commit, "versions": versions, **more}) + "\n"
 
 
-def train(command: list[str], minutes: float | None, root: Path, lock: IO[str], log: IO[str]) -> None:
+def train(command: list[str], root: Path, lock: IO[str], log: IO[str]) -> None:
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=root, env=environ, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-    try:
-        status = process.wait(minutes and 60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        status = 0 if process.wait() == 130 else process.returncode
-    log.flush()
+    run = subprocess.run(command, cwd=root, env=environ, stdout=log, stderr=log, pass_fds=[lock.fileno()])
     told = Path(log.name).read_text()
-    if status and not any(end in told for end in ENDS):
-        raise subprocess.CalledProcessError(status, command)
+    if not any(end in told for end in ENDS):
+        run.check_returncode()
 
 
 def medians(rows: list[dict[str, str]]) -> dict[str, float]:
@@ -154,7 +145,7 @@ def run(cell: Cell, root: Path, work: Path, commit: str) -> tuple[str | None, st
             where = ["--resume", str(checkpoints[-1])]
         with (folder / "log").open("w") as log:
             try:
-                train([sys.executable, *command[1:], *where], cell.minutes, root, lock, log)
+                train([sys.executable, *command[1:], *where], root, lock, log)
                 trained = max(folder.glob("*/metrics.csv")).parent
                 return result(trained, cell, command, root, commit, log), ""
             except subprocess.CalledProcessError as error:
