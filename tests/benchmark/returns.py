@@ -80,10 +80,10 @@ def describe(command: str, commit: str, **more: object) -> str:
 
 def train(command: list[str], root: Path, lock: IO[str], log: IO[str]) -> None:
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=root, env=environ, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+    done = subprocess.run(command, cwd=root, env=environ, stdout=log, stderr=log, pass_fds=[lock.fileno()])
     told = Path(log.name).read_text()
     if not any(end in told for end in ENDS):
-        run.check_returncode()
+        done.check_returncode()
 
 
 def medians(rows: list[dict[str, str]]) -> dict[str, float]:
