@@ -139,6 +139,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
                       "FlattenObservation makes one) and takes a vector of floats with bounds, or another script: they "
                       "take other actions, too")
     if videos:
+        if env.render_mode is None:
+            raise Failure(f"{env_id} can't draw pictures: leave out --capture-video")
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     # [DETAIL] −1 and 1, tanh's limits, become the ends of the environment's range.

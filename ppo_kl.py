@@ -126,6 +126,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         raise Failure(f"{env_id} observes {observed} and takes {acted}: choose one that observes a vector (the wrapper "
                       "FlattenObservation makes one) and takes a vector of floats or Discrete actions from 0")
     if videos:
+        if env.render_mode is None:
+            raise Failure(f"{env_id} can't draw pictures: leave out --capture-video")
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:

@@ -148,7 +148,7 @@ class Args:
     def __post_init__(self):
         for name, x in vars(self).items():
             may_be_0 = name in ("seed", "gamma", "gae_lambda", "cg_damping")
-            above, most = 1 if name == "vine_actions" else 0, 1 if name in ("gamma", "gae_lambda") else math.inf
+            above, most = 1 if name == "vine_actions" else 0, 1 if name in ("gamma", "gae_lambda") else 1e300
             if type(x) in (int, float) and not (above < x <= most or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
@@ -186,6 +186,8 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
                       "observes a vector (the wrapper FlattenObservation makes one) and takes a vector of floats or "
                       "Discrete actions from 0")
     if videos:
+        if env.render_mode is None:
+            raise Failure(f"{env_id} can't draw pictures: leave out --capture-video")
         env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=False)
     acted.seed(np.random.randint(2**31))  # some environments draw from it
     if continuous:

@@ -331,6 +331,7 @@ for name, spaces in {
     "MultiDiscreteAction": {"action_space": MultiDiscrete([2, 3])},
     "MatrixAction": {"action_space": Box(-1, 1, (2, 2))},
     "IntegerAction": {"action_space": Box(0, 9, (2,), np.int64)},
+    "Undrawn": {"action_space": ONE},
     "UnboundedAction": {"action_space": Box(-np.inf, np.inf, (2,))},
     "DiscreteFromOneAction": {"action_space": Discrete(3, start=1)},
 }.items():

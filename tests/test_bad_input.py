@@ -89,6 +89,7 @@ FLAGS_OF_ONE = {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),
         "no_trust": (["--kl-constraint", "0"], "--kl-constraint"),
         "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
+        "a_constraint_that_is_none": (["--kl-constraint", "inf"], "--kl-constraint"),
         "no_search": (["--backtrack-iters", "0"], "--backtrack-iters"),
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),
         "a_vine_of_more_steps_than_there_are": (["--vine", "--vine-actions", "1000000000"], "--total-timesteps"),
@@ -320,6 +321,12 @@ def test_what_an_environment_does_wrong_ends_the_run_before_it_is_saved(script, 
     shown(*[script] * (shown is assert_traceback), code, err, *words)
     assert sorted(path.name for path in only_run(runs).iterdir()) == ["config.json", "metrics.csv"]
     assert multiprocessing.active_children() == []
+
+
+def test_an_environment_that_draws_nothing_cannot_be_filmed(script, launched, runs):
+    code, _, err = launched(*script.tiny, "--env-id", "envs:Undrawn-v0", "--capture-video")
+    assert_one_line(code, err, "envs:Undrawn-v0", "--capture-video")
+    assert not [*runs.rglob("videos"), *runs.rglob("checkpoint.pt")]
 
 
 def test_an_error_in_the_users_own_module_has_its_file_and_line(script, runs):
