@@ -322,7 +322,7 @@ def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
     for reward in reversed(rewards.tolist()):  # as numbers: on tensors it takes over 20 times as long
         R = reward + gamma * R
         returns.append(R)
-    return rewards.new_tensor(returns[::-1])
+    return bootstrap.new_tensor(returns[::-1])
 
 
 def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ def score_loss(log_probs: Tensor, weight: Tensor, episodes: int) -> Tensor:
 
 
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + γ G_{t+1} of one episode, 0 after its end;   rewards (T,) → (T,), in the rewards' unit"""
+    """G_t = r_t + γ G_{t+1} of one episode, 0 after its end;   rewards (T,) of floats → (T,), in the rewards' unit"""
     returns, g = [], 0.0
     for reward in reversed(rewards.tolist()):  # as numbers: on tensors it takes over 20 times as long
         g = reward + gamma * g

@@ -165,6 +165,10 @@ def test_the_recursion_gives_the_sum_of_discounted_rewards_and_the_last_states_v
     assert torch.equal(rewards, given[0]) and torch.equal(values, given[1])
 
 
+def test_returns_of_integer_rewards_are_not_rounded():
+    assert torch.equal(n_step_returns(torch.tensor([1, 1]), torch.zeros(1), 0.5), torch.tensor([1.5, 1.0]))
+
+
 @pytest.mark.parametrize("seed, gamma", [(0, 0.9), (1, 0.5), (2, 1.0)])
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
 def test_with_the_true_values_it_is_the_advantage_in_expectation_after_any_number_of_steps(k, seed, gamma):
