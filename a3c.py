@@ -427,7 +427,8 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         square_avg = shared.agent.square_avg
         rmsprop_(shared.theta, square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
         with shared.lock:  # the statistics that all actor-learners normalise by, from now on
-            agent.value_norm.update(returns.unsqueeze(1))
+            if not agent.frames:  # [DETAIL] Signs need no scale. V of the first frames is far off, and would set it.
+                agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
         losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), bonus.item()]
         yield T, episode, learning_rate, losses
