@@ -958,3 +958,16 @@ def test_a_game_is_learned_from(flags, main, tmp_path):
     assert (code, complaints(err)) == (0, [])
     checkpoint = load(only_run(tmp_path))
     assert checkpoint["global_step"] == 200 and checkpoint["agent"]["square_avg"].count_nonzero() > 1000
+
+
+def test_v_of_a_game_does_not_feed_on_itself(trial):
+    """Enduro's first steps have no reward, so R is made of V alone; a scale made of R would make both grow"""
+    pytest.importorskip("ale_py")
+    env = make_env("ALE/Enduro-v5")
+    torch.manual_seed(1)
+    trial = trial(env, t_max=20, ent_coef=0.01, max_grad_norm=40)
+    theta = torch.nn.utils.parameters_to_vector(Agent(env.observation_space, env.action_space).parameters())
+    trial.shared.theta.copy_(theta.detach())  # as a run begins
+    watches = trial.take(60)
+    assert not any(watch.returns[0].any() for watch in watches)
+    assert max(watch.returns[1].abs().item() for watch in watches) < 100
