@@ -148,7 +148,7 @@ class Args:
     def __post_init__(self):
         for name, x in vars(self).items():
             may_be_0 = name in ("seed", "gamma", "gae_lambda", "cg_damping")
-            above, most = 1 if name == "vine_actions" else 0, 1 if name in ("gamma", "gae_lambda") else 1e300
+            above, most = 1 if name == "vine_actions" else 0, 1 if name in ("gamma", "gae_lambda") else 1e300  # no inf
             if type(x) in (int, float) and not (above < x <= most or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
