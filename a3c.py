@@ -406,8 +406,9 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
             rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
         # [A3C-15] R ← r_i + γ R
         returns = n_step_returns(rewards, bootstrap, args.gamma)
-        # [DETAIL] R and V normalised by the returns so far: one step size then fits rewards of any size.
-        target = agent.value_norm(returns.unsqueeze(1)).squeeze(1).to(device)
+        # [DETAIL] R and V normalised by the returns so far: one step size then fits rewards of any size. Not on frames:
+        # signs need no scale, and V of the first frames, which is far off, would set it.
+        target = (returns if agent.frames else agent.value_norm(returns.unsqueeze(1)).squeeze(1)).to(device)
         output, advantage = agent.actor(features[:-1]), n_step_advantage(target, values[:-1])
         # [A3C-16] dθ ← dθ + ∇_θ' log π(a_i|s_i; θ') (R − V(s_i; θ'_v))
         policy_loss = score_loss(log_prob(output, agent.log_std, torch.cat(actions)), advantage)
@@ -428,7 +429,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         square_avg = shared.agent.square_avg
         rmsprop_(shared.theta, square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
         with shared.lock:  # the statistics that all actor-learners normalise by, from now on
-            if not agent.frames:  # [DETAIL] Signs need no scale. V of the first frames is far off, and would set it.
+            if not agent.frames:
                 agent.value_norm.update(returns.unsqueeze(1))
             agent.obs_norm.update(obs[:-1])
         losses = [policy_loss.item() / len(actions), value_loss.item() / len(actions), bonus.item()]

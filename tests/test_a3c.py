@@ -353,7 +353,8 @@ def true_gradient(watch, memory, args):
     grad, losses = 0, np.zeros(3)
     for i in reversed(range(len(actions))):
         R = rewards[i] + args.gamma * R
-        target, pi = ((R - mean) / std).clamp(-10, 10).item(), distribution(agent, outputs[i])
+        target = R if agent.frames else ((R - mean) / std).clamp(-10, 10).item()
+        pi = distribution(agent, outputs[i])
         score, advantage = pi.log_prob(torch.as_tensor(actions[i])), target - values[i].item()
         error, entropy = (target - values[i]) ** 2, pi.entropy()
         grad = grad - gradient(score, parameters, **KEPT) * advantage + gradient(error, parameters, **KEPT)
@@ -628,6 +629,18 @@ def test_frames_are_learned_from_as_vectors_are(lstm, trial):
     for watch in trial.take(4):
         expected, _, memory = true_gradient(watch, memory, trial.args)
         assert_close_to(watch.gradient, expected)
+
+
+def test_many_gains_in_a_row_of_a_game_all_count(trial):
+    class Gains(Frames):
+        def step(self, action):
+            obs, _, *ends = super().step(action)
+            return obs, 1.0, *ends
+
+    trial = trial(Gains(length=30), t_max=30)
+    for watch in trial.take(2):
+        assert n_step_returns(*watch.returns)[0] > 20
+        assert_close_to(watch.gradient, true_gradient(watch, None, trial.args)[0])
 
 
 # ── The memory ──────────────────────────────────────────────────────────────────────────────────────────────
