@@ -45,22 +45,22 @@ Symbols     variable            shape     meaning, with k steps in a segment (in
     a_t     actions             (k[,A])   continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (k,)      reward
     R       returns             (k,)      what followed s_i: rewards to the segment's end, then V
-    V       values              (k+1,)    critic's estimate of the return from s_i, normalised
+    V       values              (k+1,)    critic's estimate of the return from s_i, normalised unless s_i is frames
     θ, θ_v  shared.theta        (P,)      parameters of policy and value function, a vector in shared memory
     θ',θ'_v theta               (P,)      the actor-learner's own copy
     dθ,dθ_v gradient            (P,)      −dθ and dθ_v: downhill for both
-    T, t    shared.T, t                   steps of all actor-learners, and of one
+    T, t    shared.T, t                   steps of all actor-learners so far; number of this one's next step
     T_max   total_timesteps
 
 Departures from the slides
     A3C-12    A segment ends, too, where a time limit cuts the episode; its s_t isn't terminal, so A3C-13 bootstraps.
-    A3C-14    The segment's sums run backwards only for R; the gradients of all i come from one back-propagation.
+    A3C-14    Only R is summed backwards, step by step; the gradients of all i come from one back-propagation.
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
     A3C-20    stops at T ≥ T_max, each actor-learner as its segment ends.
     θ, θ_v    have the layers before the last in common, as in the paper's networks for Atari. For continuous actions
-              the paper has two networks, each a layer of 200 units, σ² from the network, and an update per episode.
-    t_max     is 20 here with a step size of 1e-3, on Atari 3e-3. The paper has 5 on Atari, and draws step sizes
-              from 1e-4 to 1e-2.
+              the paper has two networks, each a layer of 200 units and an LSTM of 128, σ² from the network, and an
+              update per episode.
+    t_max     is 20, with a step size of 1e-3. The paper has 5 on Atari, and draws step sizes from 1e-4 to 1e-2.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -103,13 +103,13 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, counted over all actors
     num_workers: int = 4  # actor-learners, each a process with an environment of its own
     t_max: int = 20  # steps between two updates of an actor-learner, fewer where an episode ends
-    lstm: bool = False  # a memory between the observations and the decisions
-    learning_rate: float = 1e-3  # RMSProp's step size at the start; for Atari 3e-3
+    lstm: bool = False  # an LSTM before π and V: a memory of what was observed
+    learning_rate: float = 1e-3  # RMSProp's step size at the start; for Atari choose 3e-3
     anneal_lr: bool = True  # lower the step size linearly to 0 over the run
     rms_alpha: float = 0.99  # how much of RMSProp's mean square of the gradient stays at each update
     rms_eps: float = 0.1  # added to that mean square
     gamma: float = 0.99  # γ: discount per step
-    ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari 0.01
+    ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari choose 0.01
     max_grad_norm: float = 40.0  # a longer gradient is shortened to this length; inf: never
     patience: float = 60.0  # seconds without a step, from its start on, after which an actor-learner counts as hung
     cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; these are faster on the CPU
@@ -148,7 +148,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if atari:
-        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey points, an action for every 4, up to 30
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey, an action for every 4, up to 30
         # frames without one at first. v5's sticky actions came later, and are off.
         waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
         env = gym.wrappers.AtariPreprocessing(env, noop_max=waits, screen_size=SCREEN)
@@ -328,7 +328,7 @@ def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
 
 def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:
     """A_i = R_i − V(s_i), without a gradient: V learns by a loss of its own;   returns, value (k,) → (k,)"""
-    # [A2C-ADV] with R_i, a sample of Q^π(s_i,a_i). [A3C-ADV] R_i is what followed: rewards, then V where they end.
+    # [A2C-ADV] with R_i, an estimate of Q^π(s_i,a_i). [A3C-ADV] R_i is what followed: rewards, then V where they end.
     return returns - value.detach()
 
 
@@ -368,7 +368,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         theta.copy_(shared.theta)
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
-        with torch.no_grad():  # [DETAIL] Drawn for the whole segment: as many draws of one step take longer.
+        with torch.no_grad():  # [DETAIL] Drawn at once for the whole segment: faster than step by step.
             noise = agent.noise(args.t_max, 1).to(device)
         # [A3C-6] get state s_t
         obs = [torch.from_numpy(actor.obs)]
@@ -446,7 +446,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy",
 )
-LOG_STEPS = 1000  # of an actor-learner, at most, over which the losses of a row are averaged
+LOG_STEPS = 1000  # of an actor-learner, about, over which the losses of a row are averaged
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 

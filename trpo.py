@@ -16,7 +16,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
 
     J-1         J(θ) = E_{τ~pθ(τ)}[ Σ_t γ^t r(s_t,a_t) ]
     J-2         J(θ) = E_{s0}[ V^πθ(s_0) ]
-                How much better is θ'? The advantages of θ tell, at the states that θ' would visit:
+                How much better is θ'? The advantages of θ tell, along the paths of θ':
     J-DIFF      J(θ') − J(θ) = E_{τ~pθ'(τ)}[ Σ_t γ^t A^πθ(s_t,a_t) ]
     J-IS        J(θ') − J(θ) = Σ_t E_{s_t~pθ'}[ E_{a_t~πθ}[ (πθ'(a_t|s_t)/πθ(a_t|s_t)) γ^t A^πθ(s_t,a_t) ] ]
                 If πθ' differs from πθ with a probability below ε in each state, both visit nearly the same states:
@@ -56,7 +56,7 @@ Symbols     variable            shape     meaning
     θ, φ    theta, phi          (P,)      parameters of the policy and of the value function, a vector each
     x       natural             (P,)      H⁻¹ g, the natural gradient. In the update, x is a normalised observation
     β x     step                (P,)      as long as the trust region allows
-    α^i     backtrack_coef**i             what the line search shortens the step by (α of TRPO-PEN-2: dual_lr)
+    α^i     backtrack_coef**i             what the line search multiplies the step by (α of TRPO-PEN-2: dual_lr)
     λ       agent.dual                    price of the KL, in --solver penalty
     s_n     states              (M,…)     where the vine branches. a_{n,k} is `tried` (M,K[,A])
     Q̂       q                   (M,K)     discounted rewards of a branch, and V where it stops
@@ -120,7 +120,7 @@ class Args:
     cg_iters: int = 25  # iterations of the conjugate gradient; the paper has 10
     cg_damping: float = 0.1  # multiple of the identity added to H
     cg_subsampling: int = 1  # n: H is the mean over a random 1/n of the T·N steps: saves time on Atari; paper: 10
-    backtrack_coef: float = 0.8  # α: what the line search shortens the step by
+    backtrack_coef: float = 0.8  # α: each step that the line search tries is this times the last
     backtrack_iters: int = 10  # steps that the line search tries
     line_search: bool = True  # off: takes β x as it is, a natural policy gradient
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
@@ -148,7 +148,8 @@ class Args:
     def __post_init__(self):
         for name, x in vars(self).items():
             may_be_0 = name in ("seed", "gamma", "gae_lambda", "cg_damping")
-            above, most = 1 if name == "vine_actions" else 0, 1 if name in ("gamma", "gae_lambda") else 1e300  # no inf
+            above = 1 if name == "vine_actions" else 0
+            most = 1 if name in ("gamma", "gae_lambda", "backtrack_coef") else 1e300  # no inf
             if type(x) in (int, float) and not (above < x <= most or x == 0 and may_be_0):
                 raise ValueError(f"--{name.replace('_', '-')} can't be {x}")
 
@@ -171,7 +172,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if atari:
-        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey points, an action for every 4, up to 30
+        # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey, an action for every 4, up to 30
         # frames without one at first. v5's sticky actions came later, and are off.
         waits = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games can't wait
         env = gym.wrappers.AtariPreprocessing(env, noop_max=waits, screen_size=SCREEN)
@@ -240,7 +241,7 @@ def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential
     """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     if len(inputs) == 1:
         layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    else:  # [DETAIL] The paper's for Atari, but with ReLU for tanh, and 42×42 points for 52×40.
+    else:  # [DETAIL] The paper's for Atari, but with ReLU for tanh, and 42×42 pixels for 52×40.
         layers = [nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(), nn.Flatten(),
                   nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
     for layer in layers:
@@ -436,7 +437,7 @@ def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tup
     obs, q, terminated = np.array([actor.obs] * K), torch.zeros(K), np.zeros(K, bool)
     # [VINE-2] take K actions: all of them, or samples of πθ(·|s_n)
     tried = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
-    # [VINE-3] after each, follow πθ, with the same random numbers for all K. A time limit doesn't end a branch.
+    # [VINE-3] after each, follow πθ, with the same random numbers for all K. Time limits don't end a branch.
     noise = old.noise(L)
     for i in range(L):
         action = old.act(torch.from_numpy(obs), noise[i]) if i else tried
@@ -489,7 +490,7 @@ def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine:
         else:
             ratio = (log_prob(output, agent.log_std, action[mb]) - old_log_prob[mb]).exp()
             objective = surrogate(ratio, advantage[mb])
-        # [TRPO-KL] what shall stay below ε
+        # [TRPO-KL] what shall be at most ε
         return objective, kl_divergence(output, agent.log_std, old_output[mb], old_log_std).mean()
 
     return objective_and_kl

@@ -89,6 +89,7 @@ FLAGS_OF_ONE = {
         "an_unknown_solver": (["--solver", "newton"], "--solver"),
         "no_trust": (["--kl-constraint", "0"], "--kl-constraint"),
         "a_constraint_that_is_no_number": (["--kl-constraint", "nan"], "--kl-constraint"),
+        "a_search_that_lengthens": (["--backtrack-coef", "1.5"], "--backtrack-coef"),
         "a_constraint_that_is_none": (["--kl-constraint", "inf"], "--kl-constraint"),
         "no_search": (["--backtrack-iters", "0"], "--backtrack-iters"),
         "negative_damping": (["--cg-damping", "-0.1"], "--cg-damping"),

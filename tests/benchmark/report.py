@@ -235,9 +235,8 @@ def short_returns_table() -> str:
 
 def atari_scores() -> dict[str, list[float]]:
     """Of each method the games' scores: the lecture's, and ours as the mean of the last 100 episodes in training"""
-    random, human, *lecture = np.array([*ATARI.values()]).T
-    scores = {"random": random, "human": human}
-    scores |= {f"{name}: the lecture's": of for name, of in zip(ATARI_RUNS, lecture)}
+    lecture = zip(("random", "human", *ATARI_RUNS), np.array([*ATARI.values()]).T)
+    scores = {f"{name}: the lecture's": of for name, of in lecture}
     for name, row in ATARI_RUNS.items():
         scores[name] = np.array([runs(row, f"ALE/{game}-v5")[0].score if runs(row, f"ALE/{game}-v5") else np.nan
                                  for game in ATARI])
@@ -254,9 +253,10 @@ def atari_table() -> str:
 
 def human_table() -> str:
     """Human-normalised: a random policy has 0%, a human 100%."""
-    scores, rows = atari_scores(), [(name, 57, mean, middle) for name, (mean, middle) in A3C_OF_57_GAMES.items()]
-    for name, of in [*scores.items()][2:]:
-        shares = 100 * (of - scores["random"]) / (scores["human"] - scores["random"])
+    rows = [(name, 57, mean, middle) for name, (mean, middle) in A3C_OF_57_GAMES.items()]
+    (_, random), (_, human), *others = atari_scores().items()
+    for name, of in others:
+        shares = 100 * (of - random) / (human - random)
         known = shares[~np.isnan(shares)]
         rows.append((name, len(known), *(f"{of_all(known):.1f}" if len(known) else "" for of_all in (np.mean, np.median))))
     return table("| | games | mean, % | median, % |", rows)
