@@ -107,6 +107,14 @@ def test_a_grid_that_is_stopped_goes_on_to_its_end(kill, expected, tmp_path):
         assert all(len(list((tmp_path / "work" / cell).glob("*/metrics.csv"))) == 1 for cell in CELLS)
 
 
+def test_a_peer_is_a_cell_like_any_other(tmp_path):
+    flags = ["--algorithm", "ddpg", "--total-timesteps", "3000"]
+    text, log = returns.run(returns.Cell("peer", "tests/benchmark/sb3", "Pendulum-v1", "1", flags), ROOT, tmp_path, "")
+    assert text, log
+    about = json.loads(text.splitlines()[0].removeprefix("# "))
+    assert (about["steps"], about["episodes"], about["resumed"]) == (3000, 15, False) and "evaluated" in about
+
+
 def test_a_ray_worker_that_is_killed_costs_no_cell_and_none_counts_twice(expected, tmp_path):
     grid = start(tmp_path, "--ray", "local")
     wait_for_training(tmp_path)

@@ -85,7 +85,7 @@ def make_env(env_id: str):
     """As the script sees it, where that is more than a library's"""
     import gymnasium as gym
 
-    if env_id != PONG:
+    if not env_id.startswith("ALE/"):
         return gym.make(env_id)
     import a3c
 
