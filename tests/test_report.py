@@ -33,6 +33,14 @@ def test_the_interval_draws_seeds_within_their_environment():
     assert low < report.interquartile_mean(np.zeros(4)) < high
 
 
+def test_a_method_has_a_share_of_the_human_once_it_was_run_on_every_game(monkeypatch):
+    random, human = np.zeros(7), np.full(7, 4.0)
+    whole, part = np.array([0.0, 0, 0, 1, 2, 4, 7]), np.array([np.nan, 1, 1, 1, 1, 1, 1])
+    scores = {"random": random, "human": human, "whole": whole, "part": part}
+    monkeypatch.setattr(report, "atari_scores", lambda: scores)
+    assert report.human_table().splitlines()[-1] == "| whole | 7 | 50.0 | 25.0 |"
+
+
 def test_the_highest_is_of_the_mean_over_seeds_and_10_episodes():
     def run(returns):
         numbers, _ = returns_.summary("ddpg", "Hopper-v4", steps, returns, steps)
