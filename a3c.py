@@ -10,7 +10,7 @@
 
     python a3c.py --env-id Hopper-v4 --num-workers 2                               # 3 minutes: return about 1350
     python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000   # 30 seconds: return about 500
-    python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --ent-coef 0.01 --learning-rate 3e-3  # 15 minutes: return 17
+    python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --ent-coef 0.01 --learning-rate 3e-3  # 10 minutes: return 17
 
 Slides "复习A2C：优势Actor-Critic", "A3C: 异步A2C方法", "A3C算法" (Mnih et al. 2016, arXiv:1602.01783, algorithm S3)
 
@@ -53,6 +53,7 @@ Symbols     variable            shape     meaning, with k steps in a segment (in
     T_max   total_timesteps
 
 Departures from the slides
+    A3C-4     copies θ and θ_v alone: all normalise by the same running statistics, which may change in a segment.
     A3C-12    A segment ends, too, where a time limit cuts the episode; its s_t isn't terminal, so A3C-13 bootstraps.
     A3C-14    Only R is summed backwards, step by step; the gradients of all i come from one back-propagation.
     A3C-19    is RMSProp whose mean square of the gradient is shared too, as in the paper; nobody locks θ (Hogwild).
@@ -446,7 +447,7 @@ METRICS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy",
 )
-LOG_STEPS = 1000  # of an actor-learner, about, over which the losses of a row are averaged
+LOG_STEPS = 1000  # of an actor-learner, fewer where episodes are short, over which a row's losses are averaged
 CHECKPOINT_SECONDS = 10  # between two checkpoints: what a crash costs
 
 
@@ -474,12 +475,13 @@ class Run:
                 raise Failure(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
-        self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
+        self.first, self.begun = checkpoint.get("global_step", 0), time.perf_counter()
+        self.bar = tqdm(total=end, initial=self.first, unit=" steps", dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; what is being learned or written is finished first."""
+        """Stops at once while it waits for actors; what it is learning or writing itself is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False
@@ -493,7 +495,7 @@ class Run:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
         else:
-            metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+            metrics["charts/SPS"] = round((step - self.first) / (time.perf_counter() - self.begun))
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
         if self.args.track:
             self.unsent.append({"global_step": step, **metrics})
@@ -560,18 +562,18 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
     snapshot = SimpleNamespace(state_dict=lambda: copy.deepcopy(agent.state_dict()))  # others write while it is saved
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=snapshot)
-    workers, seen, idle, stops = {}, [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
+    workers, started, seen, idle, stops = {}, [], [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
     run.collecting = False  # so that a signal waits until all have started; they themselves never see it
     if masks := hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(n, args, shared, theirs, seed, videos), daemon=True)
-        process.start()
-        theirs.close()
-        workers[ours] = n, process
-    started = list(workers.values())
     try:
+        for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(n, args, shared, theirs, seed, videos), daemon=True)
+            process.start()
+            started.append(process)
+            theirs.close()
+            workers[ours] = n, process
         with run.bar:
             with contextlib.suppress(KeyboardInterrupt):
                 if masks:
@@ -604,7 +606,7 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
                         run.save(shared.T.value)
             return run.finish(shared.T.value)
     finally:
-        for _, process in started:
+        for process in started:
             process.kill()
             process.join()
 
@@ -661,7 +663,7 @@ def main() -> None:
             try:
                 agent.load_state_dict(checkpoint["agent"])
             except RuntimeError:
-                raise Failure(f"the checkpoint doesn't fit {args.env_id}: its networks have other shapes")
+                raise Failure(f"the checkpoint doesn't fit {args.env_id}, or --lstm: its networks have other shapes")
         if not training:
             evaluate(agent, env, args.eval_episodes)
         env.close()

@@ -389,12 +389,13 @@ class Run:
                 raise Failure(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"run: {folder}", flush=True)
-        self.bar = tqdm(total=end, initial=checkpoint.get("global_step", 0), unit=" steps", dynamic_ncols=True)
+        self.first, self.begun = checkpoint.get("global_step", 0), time.perf_counter()
+        self.bar = tqdm(total=end, initial=self.first, unit=" steps", dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, _frame) -> None:
-        """Stops at once while actors collect; what is being learned or written is finished first."""
+        """Stops at once while it waits for actors; what it is learning or writing itself is finished first."""
         self.signal = number
         if self.collecting:
             self.collecting = False
@@ -408,7 +409,7 @@ class Run:
             self.returns.append(metrics["charts/episodic_return"])
             self.bar.set_postfix_str(f"return {np.mean(self.returns):.1f}", refresh=False)
         else:
-            metrics["charts/SPS"] = round((step - self.bar.initial) / self.bar.format_dict["elapsed"])
+            metrics["charts/SPS"] = round((step - self.first) / (time.perf_counter() - self.begun))
         print(step, *(metrics.get(name, "") for name in METRICS), sep=",", file=self.metrics)
         if self.args.track:
             self.unsent.append({"global_step": step, **metrics})

@@ -29,7 +29,7 @@ from a3c import (
     Actor, Agent, Args, Failure, Shared, actor_learner, as_vector, log_prob, make_env, n_step_advantage, n_step_returns,
     RunningNorm, rmsprop_, score_loss, squared_error,
 )
-from helpers import ENDLESS, ROOT, complaints, environment, finish, iterations, metrics, only_run, run, start, wait_for
+from helpers import ENDLESS, ROOT, SERVER, complaints, environment, finish, iterations, metrics, only_run, run, start, wait_for
 from oracles import Process, distribution, flat, gradient
 
 KEPT = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -127,14 +127,6 @@ class Halting(envs.Counter):
         self.halt("close")
 
 
-class Slow(envs.Counter):
-    """Takes a second and a half for each reset."""
-
-    def reset(self, seed=None, options=None):
-        time.sleep(1.5)
-        return super().reset(seed=seed)
-
-
 class Broken(envs.Counter):
     """Breaks in the third step."""
 
@@ -144,7 +136,7 @@ class Broken(envs.Counter):
         return 1.0
 
 
-for env in (Announced, Listed, Halting, Slow, Broken):
+for env in (Announced, Listed, Halting, Broken):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Swing-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=2500)
 
@@ -775,11 +767,25 @@ def test_a_worker_that_goes_early_without_a_word_ends_the_run(main, monkeypatch,
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("patience", [10, math.inf])
-def test_a_reset_that_takes_longer_than_a_step_is_no_hang(patience, main, tmp_path):
-    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", patience,
+def test_patience_may_have_no_end(main, tmp_path):
+    code, _, err = main("--env-id", "envs:Counter-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", math.inf,
                         "--runs-dir", tmp_path)
     assert (code, complaints(err)) == (0, [])
+
+
+def test_where_not_all_workers_can_start_those_that_did_are_ended(main, monkeypatch, tmp_path):
+    start = SERVER.Process.start
+
+    def start_one(process):
+        if multiprocessing.active_children():
+            raise BlockingIOError("no process more")  # as where a user may have no more of them
+        start(process)
+
+    monkeypatch.setattr(SERVER.Process, "start", start_one)
+    code, _, err = main("--env-id", "envs:Counter-v0", "--num-workers", 2, *ENDLESS, "--runs-dir", tmp_path)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    assert (code, complaints(err)) == (2, ["error: no process more"])
+    assert multiprocessing.active_children() == []
 
 
 @PROC

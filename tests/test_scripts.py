@@ -246,6 +246,15 @@ def test_the_bar_ends_at_100_percent_whatever_the_total(script, main, tmp_path):
     assert code == 0 and re.split(r"[\r\n]+", err.strip())[-1].startswith("100%"), err
 
 
+def test_a_run_can_do_without_its_bar(script, module, main, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "tqdm", partial(tqdm, disable=True))  # as TQDM_DISABLE=1 has it
+    flags = "--env-id", script.environments[-1], "--total-timesteps", script.steps
+    folder = train(script, tmp_path, *flags, main=main)
+    with open(folder / "metrics.csv") as file:
+        speeds = [float(row["charts/SPS"]) for row in csv.DictReader(file) if row["losses/policy_loss"]]
+    assert min(speeds) > 0
+
+
 def test_the_configuration_names_the_versions_of_what_is_used(script, main, tmp_path):
     folder = train(script, tmp_path, "--env-id", script.environments[0], "--total-timesteps", script.batch, main=main)
     config = json.loads((folder / "config.json").read_text())
