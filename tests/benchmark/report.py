@@ -49,7 +49,8 @@ ATARI = {
 A3C_OF_57_GAMES = {"A3C, FF, 1 day": (344.1, 68.2), "A3C, FF, 4 days": (496.8, 116.6),
                    "A3C, LSTM, 4 days": (623.0, 112.6)}
 ATARI_RUNS = {"TRPO, single path": "trpo_atari", "TRPO, vine": "trpo_atari_vine", "A3C, FF": "a3c_atari",
-              "A3C, LSTM": "a3c_atari_lstm", "TRPO, single path, 4M steps": "trpo_atari_4M"}
+              "A3C, LSTM": "a3c_atari_lstm", "TRPO, single path, 4M steps": "trpo_atari_4M",
+              "A3C, FF, 4M steps": "a3c_atari_4M"}
 SCRIPTS = "reinforce", "a3c", "trpo", "ppo_clip", "ppo_kl", "ddpg"
 CURVES = "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"
 STEP_SIZES = {"reinforce_lr_3e-5": "REINFORCE, α = 0.00003", "reinforce": "REINFORCE, α = 0.001",
