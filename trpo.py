@@ -6,7 +6,7 @@
 #                 "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""TRPO: each update stays inside a trust region, an expected KL of at most ε.
+"""TRPO: each update shall stay inside a trust region, an expected KL of at most ε.
 
     python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
     python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 30 seconds: return about 500
@@ -39,7 +39,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
     TRPO-PEN-2    λ ← λ + α ( D_KL(πθ' ‖ πθ) − ε )
 
     The deck's table of results names a "TRPO - vine", without pseudocode. These lines follow the paper (5.2). With
-    --vine they replace the surrogate of the single path, (πθ'/πθ) A^πθ. They need a simulator that can be put to s_n:
+    --vine they replace the surrogate of the single path, (πθ'/πθ) A^πθ. They need a simulator that can be set to s_n:
     VINE-1      choose M states s_n from the trajectories: the rollout set
     VINE-2      at each s_n take K actions a_{n,k}: all of them, or samples of πθ(·|s_n)
     VINE-3      after each, follow πθ for a short way, with the same random numbers for all K
@@ -66,12 +66,12 @@ Symbols     variable            shape     meaning
 Departures from the slides
     J-SURR      leaves out γ^t, which makes it a plain mean over samples: with γ^t, late steps would hardly count.
     TRPO-KL     is the slide's D_KL(πθ' ‖ πθ); the paper's is D_KL(πθ ‖ πθ'). At θ' = θ both have the Hessian H.
-    TRPO-CG-1   to TRPO-CG-4 are the paper's and the book's (动手学强化学习, chapter 11): the deck only names the Taylor
-                expansion and the conjugate gradient.
+    TRPO-CG-1   to TRPO-CG-5 are the book's (动手学强化学习, chapter 11), and all but the last the paper's too: the deck
+                only names the Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam.
     TRPO-PEN-2  λ stays at 0 or above: below 0 it would reward a large KL.
     VINE-4      adds V, and its bias, after a few steps; the paper has no V, and on MuJoCo branches of 50 to 100 steps.
-    VINE-5      has the KL's mean over all states beside it, the paper's is over the s_n.
+    VINE-5      comes with the mean KL of all N·T states, the paper's with that of the s_n.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors; V is
                 fitted to this sum plus V.
     N·T         is 1024 steps; the paper's iterations have 50,000 and more.
@@ -241,7 +241,7 @@ def network(inputs: tuple[int, ...], outputs: int, gain: float) -> nn.Sequential
     """[DETAIL] Orthogonal weights keep the signal's size; a `gain` near 0 gives all actions an even start."""
     if len(inputs) == 1:
         layers = [nn.Linear(*inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    else:  # [DETAIL] The paper's for Atari, but with ReLU for tanh, and 42×42 pixels for 52×40.
+    else:  # [DETAIL] The paper's for Atari, but 42×42 pixels for 52×40, and ReLU, which takes less time, for tanh.
         layers = [nn.Conv2d(4, 16, 4, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 4, stride=2), nn.ReLU(), nn.Flatten(),
                   nn.Linear(16 * 9 * 9, 20), nn.ReLU(), nn.Linear(20, outputs)]
     for layer in layers:
@@ -437,7 +437,7 @@ def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tup
     obs, q, terminated = np.array([actor.obs] * K), torch.zeros(K), np.zeros(K, bool)
     # [VINE-2] take K actions: all of them, or samples of πθ(·|s_n)
     tried = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
-    # [VINE-3] after each, follow πθ, with the same random numbers for all K. Time limits don't end a branch.
+    # [VINE-3] after each, follow πθ, with the same random numbers for all K. Gymnasium's time limits end none.
     noise = old.noise(L)
     for i in range(L):
         action = old.act(torch.from_numpy(obs), noise[i]) if i else tried
@@ -476,7 +476,7 @@ def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> 
 
 def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine: list | None = None) -> Callable:
     """Returns a function: objective and KL of the agent as it then is, πθ', against πθ as now; on all steps or a
-    minibatch, but the vine's objective always on all its branches"""
+    minibatch. The vine's objective needs no action or advantage, and is always on all its branches."""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
