@@ -15,9 +15,10 @@ Slides "策略梯度和Q学习的对比" (Q-TD); 确定性梯度策略, 深度�
 
     A stochastic policy gradient tries actions and needs ∂ log πθ(a|s); a deterministic policy a = μ_θ(s) tries none.
     But a critic Q that is differentiable in the action says by itself which way to change a: along ∇_a Q(s,a). The
-    chain rule carries this slope on to θ: ∇_θ Q(s, μ_θ(s)) = ∇_θ μ_θ(s) ∇_a Q(s,a)|_{a=μ_θ(s)}. Its mean over the
-    states that μ_θ visits is the gradient of J, although these states change with θ too (Silver et al., theorem 1). As
-    no expectation is over actions, they may come from a replay buffer, explored with any noise: off-policy learning.
+    chain rule carries this slope on to θ: ∇_θ Q(s, μ_θ(s)) = ∇_θ μ_θ(s) ∇_a Q(s,a)|_{a=μ_θ(s)}. Its sum over the
+    states that μ_θ visits (ρ^μ), the one at t times γ^t, is the gradient of the return J, although these states change
+    with θ too (Silver et al., theorem 1). As no expectation is over actions, they may come from a replay buffer,
+    explored with any noise: off-policy learning.
 
 Silver et al. 2014 (DPG, theorem 1); Lillicrap et al. 2015 (DDPG, arXiv:1509.02971, algorithm 1)
 
@@ -50,10 +51,11 @@ Symbols     variable            shape     meaning
     γ, τ                                  settings: see Args
 
 Departures from the slides
-    DPG-THM   The states are the replay buffer's, which older policies visited with noise, not those of ρ^μ.
+    DPG-THM   The states are the replay buffer's, which older policies visited with noise, all alike, without γ^t.
     DDPG-1    The paper's networks have 400 and 300 units, batch normalisation, and a in Q's second layer.
-    DDPG-6    a_t is clipped to its bounds. Noise is independent by default, as later work found the paper's
-              Ornstein-Uhlenbeck process no better.
+    DDPG-6    a_t is clipped to its bounds. Noise is independent by default, as later work (arXiv:1802.09477) found the
+              paper's Ornstein-Uhlenbeck process no better.
+    DDPG-11   to DDPG-13: the paper also has a weight decay of 0.01 on Q, a step size of 1e-4 for μ, and τ = 0.001.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -99,7 +101,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam's step size for Q
     tau: float = 0.005  # τ: share of the way that the targets go to the networks at each step
     noise_std: float = 0.1  # σ of what each step adds to the noise N_t; actions range from -1 to 1
-    ou_theta: float = 1.0  # share of N_t that decays per step; 0.15 is the paper's Ornstein-Uhlenbeck process
+    ou_theta: float = 1.0  # share of N_t that decays per step; the paper's Ornstein-Uhlenbeck process: 0.15, σ = 0.2
     gamma: float = 0.99  # γ: discount per step
     compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
@@ -255,7 +257,7 @@ class Replay:
     def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         row = np.concatenate([obs, action, (reward,), next_obs, (terminated,)], dtype=np.float32)
         if not np.isfinite(row).all():
-            raise Failure("the environment gave numbers that aren't finite: mend its observations or rewards")
+            raise Failure("numbers that aren't finite: lower learning rates, or mend the environment")
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
 
@@ -295,15 +297,14 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         if terminated or truncated:
             episodes.append((actor.episodic_return, actor.length))
             actor.reset()
-            noise[n] = 0  # [DETAIL] an episode's noise is independent of the one's before
+            noise[n] = 0  # as in the paper each episode begins with new noise
     return episodes
 
 
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def compiled(function: Callable) -> Callable:
-    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
-    work."""
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small, many calls cost much."""
     torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))
@@ -362,7 +363,7 @@ METRICS = (
     "losses/qf_values",
 )
 LOG_STEPS = 1000  # over which the losses of a row are averaged
-CHECKPOINT_SECONDS = 60  # between two checkpoints: what a crash costs; the replay buffer takes a while to write
+CHECKPOINT_SECONDS = 60  # and up to LOG_STEPS more: what a crash costs; the replay buffer takes a while to write
 
 
 class Run:

@@ -9,7 +9,7 @@
 """PPO with the clipped surrogate: several epochs on the same data, no gain from a probability ratio beyond 1 ± ε.
 
     python ppo_clip.py --env-id Hopper-v4                               # 1M steps, 4 minutes: return about 2500
-    python ppo_clip.py --env-id CartPole-v1 --total-timesteps 150000    # 30 seconds: return about 500
+    python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # 30 seconds: return about 500
 
 Slides 近端策略优化 PPO: "1. 截断式优化目标", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 
@@ -81,7 +81,7 @@ class Args:
     anneal_lr: bool = True  # lower the step size linearly to 0 over the run
     gamma: float = 0.99  # γ: discount per step
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the slide's sum, 0 the one-step TD error
-    clip_coef: float = 0.2  # ε: how far from 1 the ratio may move; inf: neither clipping nor penalty (L^CPI)
+    clip_coef: float = 0.2  # ε: how far from 1 a ratio still gains by moving; inf: neither clipping nor penalty (L^CPI)
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
     max_grad_norm: float = 0.5  # a longer gradient is shortened to this length; inf: never
     compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
@@ -303,8 +303,7 @@ def collect(old: Agent, actors: list[Actor], T: int) -> Rollout:
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def compiled(function: Callable) -> Callable:
-    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
-    work."""
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small, many calls cost much."""
     torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))

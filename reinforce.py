@@ -39,7 +39,8 @@ Symbols     variable            shape     meaning
 
 Departures from the slides
     RF-4      θ moves once for N episodes, by the mean of their gradients, not at each t: the later steps of an episode
-              are then still samples of the policy that the gradient is taken at. α goes through Adam.
+              are then still samples of the policy that the gradient is taken at, but for its running statistics. α goes
+              through Adam.
     G_t       Flags choose the weight of ∂ log πθ; "scaled" is to mean 0 and variance 1 over an update's steps:
                   (default)                     G_t, scaled: how much better than the update's average it was
                   --no-norm-returns             G_t, the slide's; with --num-envs 1 after each episode

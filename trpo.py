@@ -453,8 +453,7 @@ def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tup
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def compiled(function: Callable) -> Callable:
-    """[DETAIL] --compile: one call for a function and its gradient. In networks this small a call costs more than its
-    work."""
+    """[DETAIL] --compile: one call for a function and its gradient. In networks this small, many calls cost much."""
     torch._dynamo.config.trace_autograd_ops = True  # or it can't see the gradient
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))

@@ -21,7 +21,7 @@ from ddpg import (
     Actor, Agent, Args, Failure, Replay, action_gradient, as_vector, collect, critic_loss, make_env, ornstein_uhlenbeck,
     soft_update, td_target, update,
 )
-from helpers import ROOT, only_run, run, run_here
+from helpers import ROOT, complaints, metrics, only_run, run, run_here
 from oracles import assert_same, flat, gradient
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # which refuses to be mixed with the CPU, as a GPU does
@@ -732,6 +732,18 @@ def test_a_time_limit_takes_nothing_from_the_value_and_a_termination_does(env, v
 
 def test_the_actor_finds_the_best_action_of_a_critic_that_saw_random_ones():
     assert learned(Peak(), 200, gamma=0.0).act(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_row_of_losses_has_the_means_over_the_updates_since_the_last(monkeypatch, tmp_path):
+    numbers = iter(range(1, 9999))
+    monkeypatch.setattr(ddpg, "update", lambda *args: next(numbers) * torch.tensor([1.0, 10, 100]))
+    code, _, err = run_here(ddpg, "--env-id", "Pendulum-v1", "--learning-starts", 64, "--total-timesteps", 1064,
+                            "--runs-dir", tmp_path)
+    assert (code, complaints(err)) == (0, [])
+    rows = [row for row in metrics(only_run(tmp_path)) if row["losses/policy_loss"]]
+    for row, step, mean in zip(rows, (1000, 1064), (468.5, 968.5), strict=True):  # of 1 … 936 and 937 … 1000
+        found = row["global_step"], row["losses/policy_loss"], row["losses/qf_loss"], row["losses/qf_values"]
+        assert [*map(float, found)] == [step, mean, 10 * mean, 100 * mean]
 
 
 def test_nan_from_the_environment_is_not_saved_even_before_anything_is_learned_from_it(tmp_path):

@@ -16,6 +16,7 @@ from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
 import envs
+import ppo_clip
 from helpers import only_run, run_here
 from oracles import Clock, assert_acts_alone, assert_equal_to_the_bit, assert_same, value
 from ppo_clip import (
@@ -468,7 +469,7 @@ ONE_STEP = dict(update_epochs=1, minibatch_size=64, max_grad_norm=math.inf, gamm
 def test_the_first_step_follows_the_policy_gradient_and_the_values_error(space):
     agent = agent_of(space)
     rollout = rollout_of(agent)
-    after, _ = updated(agent, rollout, 0.1, ent_coef=0.3, **ONE_STEP)
+    after, metrics = updated(agent, rollout, 0.1, ent_coef=0.3, **ONE_STEP)
     agent.obs_norm = after.obs_norm  # an update takes the rollout's in first
 
     norms = copy.deepcopy([agent.obs_norm, agent.value_norm])
@@ -484,6 +485,7 @@ def test_the_first_step_follows_the_policy_gradient_and_the_values_error(space):
     policy_objective = (weights * pi.log_prob(rollout.actions)).mean() + 0.3 * pi.entropy().mean()
     errors = agent.critic(x)[..., 0] - (targets - norms[1].mean) / norms[1].var.sqrt()
     (-policy_objective + 0.25 * (errors**2).mean()).backward()
+    assert metrics["losses/value_loss"] == pytest.approx(0.5 * (errors**2).mean().item(), rel=1e-4)
     for (name, new), old in zip(after.named_parameters(), agent.parameters()):
         torch.testing.assert_close(new, old - 0.1 * old.grad, msg=lambda text: f"{name}: {text}")
 
@@ -502,6 +504,17 @@ def test_an_update_that_changes_nothing_has_the_metrics_of_ratio_one(space):
     assert metrics["losses/entropy"] == pytest.approx(policy(agent, rollout.obs).entropy().mean().item())
     assert metrics["losses/explained_variance"] == pytest.approx(
         (1 - error.var() / (error + values).var()).item(), rel=1e-4)
+
+
+@SPACES
+def test_the_policys_loss_is_the_mean_over_the_minibatches(space, monkeypatch):
+    agent, found = agent_of(space), []
+    look = ppo_clip.clipped_surrogate
+    monkeypatch.setattr(ppo_clip, "clipped_surrogate", lambda *args: found.append(look(*args)) or found[-1])
+    _, metrics = updated(agent, rollout_of(agent), 0.3, **ONE_STEP | {"update_epochs": 3})
+    means = [objective.mean().item() for objective in found]
+    assert len(means) == 3 and means[0] == pytest.approx(0, abs=1e-6) and abs(sum(means)) > 0.01
+    assert metrics["losses/policy_loss"] == pytest.approx(-sum(means) / 3, rel=1e-4)
 
 
 @SPACES
@@ -594,8 +607,8 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
     assert_acts_alone(old, agent, lambda: collect(old, [Actor(Clock(space), BAR)], 20)[:6])
 
 
-@pytest.mark.parametrize("script", ["ppo_clip", "ppo_kl"])
-def test_the_step_size_is_applied_as_it_falls(script, tmp_path):
+@pytest.mark.parametrize("script, fixed", [("ppo_clip", ()), ("ppo_kl", ("--no-adapt-beta",))])
+def test_the_step_size_is_applied_as_it_falls(script, fixed, tmp_path):
     tiny = "--num-envs 2 --num-steps 64 --minibatch-size 32 --update-epochs 2 --env-id CartPole-v1 --runs-dir"
     run_of = partial(run_here, importlib.import_module(script))
 
@@ -606,7 +619,7 @@ def test_the_step_size_is_applied_as_it_falls(script, tmp_path):
         assert checkpoint["optimizer"]["param_groups"][0]["eps"] == 1e-5  # the paper's own code's
         return checkpoint["agent"]
 
-    assert run_of(*tiny.split(), tmp_path / "begun", "--total-timesteps", 128, "--learning-rate", 0.001)[0] == 0
+    assert run_of(*tiny.split(), tmp_path / "begun", "--total-timesteps", 128, "--learning-rate", 0.001, *fixed)[0] == 0
     halfway, half = agent_after("halfway"), agent_after("half", "--no-anneal-lr", "--learning-rate", 0.0005)
     assert all(torch.equal(x, half[name]) for name, x in halfway.items())
     whole = agent_after("whole", "--no-anneal-lr")

@@ -183,6 +183,23 @@ def test_the_second_step_pays_for_the_first_ones_kl(space, beta):
 
 
 @SPACES
+def test_without_a_price_an_update_is_that_of_ppo_clip_without_clipping(space):
+    old, theirs = agent_of(ppo_kl, space), agent_of(ppo_clip, space)
+    theirs.load_state_dict({name: x for name, x in old.state_dict().items() if name != "beta"})
+    rollout, settings = rollout_of(old), dict(update_epochs=2, minibatch_size=24, max_grad_norm=0.1, ent_coef=0.3)
+    torch.manual_seed(1)
+    ours, metrics = updated(old, rollout, 0.1, 0.0, **settings)
+    torch.manual_seed(1)
+    theta, acting = as_vector([*theirs.parameters()]), copy.deepcopy(theirs)
+    others = ppo_clip.update(theirs, acting, theta, torch.optim.SGD([theta], 0.1), rollout,
+                             ppo_clip.Args(clip_coef=math.inf, **settings))
+    for name, x in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], x, msg=lambda text: f"{name}: {text}")
+    shared = "policy_loss", "value_loss", "entropy", "explained_variance"
+    assert all(metrics[f"losses/{name}"] == pytest.approx(others[f"losses/{name}"]) for name in shared)
+
+
+@SPACES
 def test_an_update_ends_with_the_kl_it_reports(space):
     old = agent_of(ppo_kl, space)
     rollout = rollout_of(old)
@@ -233,7 +250,7 @@ def test_the_policy_that_acts_becomes_the_one_that_learned_to_the_bit_and_nothin
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name == "ppo_kl"], indirect=True)
-def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_to_go_on_longer(script, main, tmp_path):
+def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_its_steps_grow_again(script, main, tmp_path):
     def saved_beta(*flags):
         code, _, err = main(*flags)
         assert (code, complaints(err)) == (0, []), err
@@ -254,5 +271,6 @@ def test_a_resumed_run_goes_on_with_its_own_beta_unless_told_another_or_to_go_on
     assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 7 * 128) == 4 / 2**2
     stop_early(8)
     assert saved_beta("--resume", only_run(tmp_path), "--beta", 8) == 8 / 2
+    assert saved_beta("--resume", only_run(tmp_path), "--total-timesteps", 9 * 128, "--no-anneal-lr") == 4 / 2
     rows = metrics(only_run(tmp_path))
-    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25, 4, 2, 8]
+    assert [float(row["losses/beta"]) for row in rows if row["losses/beta"]] == [4, 2, 1, 0.5, 0.25, 4, 2, 8, 4]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import envs
 import reinforce
-from helpers import ENDLESS, ROOT, finish, only_run, start, wait_for_steps
+from helpers import ENDLESS, ROOT, complaints, finish, metrics, only_run, run_here, start, wait_for_steps
 from oracles import (
     Clock, Process, agent_of, assert_acts_alone, assert_each_pass_has_all_in_an_order_of_its_own,
     assert_equal_to_the_bit, flat, gradient, passes_of, policy, value,
@@ -240,6 +240,9 @@ def test_the_policy_climbs_by_each_steps_score_and_weight(space, norm_returns, b
     torch.testing.assert_close(theta_of(new), theta_of(agent) + 0.1 * ascent)
     loss = -sum(policy(agent, x).log_prob(a) * w for (x, a, _), w in zip(steps, weights)) / 4
     assert metrics["losses/policy_loss"] == pytest.approx(loss.item())
+    if baseline:
+        G, errors = (torch.stack(y) for y in zip(*((G, G - value(agent, x).detach()) for x, _, G in steps)))
+        assert metrics["losses/explained_variance"] == pytest.approx((1 - errors.var() / G.var()).item())
 
 
 def test_each_pass_shows_the_baseline_every_step_in_an_order_of_its_own():
@@ -247,7 +250,10 @@ def test_each_pass_shows_the_baseline_every_step_in_an_order_of_its_own():
     episodes = [episode_of(agent, T) for T in (60, 15, 95)]
     old, x = copy.deepcopy(agent), []
     agent.obs_norm.register_forward_hook(lambda _, inputs, output: x.append(output[:, 0].tolist()))
+    sizes = []
+    agent.critic.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     passes = passes_of(agent.critic, 170, lambda: update_with(agent, old, episodes, baseline=True, value_epochs=3))
+    assert sizes == [170] + 3 * [64, 64, 42]
     assert_each_pass_has_all_in_an_order_of_its_own(passes, x[0])
 
 
@@ -324,6 +330,16 @@ def test_an_update_adds_the_observations_to_the_statistics():
     new, _ = updated(agent, episodes)
     agent.obs_norm.update(torch.cat([episode.obs for episode in episodes]))
     assert torch.equal(new.obs_norm.mean, agent.obs_norm.mean) and new.obs_norm.count == 50 + 21
+
+
+def test_nothing_is_learned_from_the_shorter_of_the_episodes_with_which_a_run_ends(monkeypatch, tmp_path):
+    updates = []
+    monkeypatch.setattr(reinforce, "update", lambda *args: updates.append(args) or {})
+    code, _, err = run_here(reinforce, "--env-id", "Pendulum-v1", "--num-envs", 2, "--total-timesteps", 799,  # not 800
+                            "--runs-dir", tmp_path)
+    assert (code, complaints(err)) == (0, []) and len(updates) == 1
+    rows = [row for row in metrics(only_run(tmp_path)) if row["charts/episodic_return"]]
+    assert [int(row["global_step"]) for row in rows] == [399, 400, 799]
 
 
 def test_an_episode_without_an_end_is_left_at_once_and_saved(tmp_path):

@@ -365,6 +365,28 @@ def test_a_resumed_run_begins_with_all_that_was_learned(script, module, main, mo
         torch.testing.assert_close(part, saved[name], rtol=0, atol=0)
 
 
+RATES = {
+    "reinforce": {"--learning-rate": "policy_optimizer", "--value-lr": "value_optimizer"},
+    "trpo": {"--policy-lr": "policy_optimizer", "--value-lr": "value_optimizer"},
+    "ddpg": {"--actor-lr": "actor_optimizer", "--critic-lr": "critic_optimizer"},
+}
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name in RATES], indirect=True,
+                         ids=lambda script: script.name)
+def test_each_optimiser_has_the_step_size_of_its_flag_also_when_resumed(script, main, tmp_path):
+    def rates():
+        state = load(only_run(tmp_path))
+        return [state[name]["param_groups"][0]["lr"] for name in RATES[script.name].values()]
+
+    first, second = RATES[script.name]
+    flags = "--env-id", script.environments[-1], "--total-timesteps", script.steps, first, 0.002, second, 0.004
+    folder = train(script, tmp_path, *flags, main=main)
+    assert rates() == [0.002, 0.004]
+    assert main("--resume", folder, "--total-timesteps", 2 * script.steps, second, 0.003)[0] == 0
+    assert rates() == [0.002, 0.003]
+
+
 def test_a_resumed_run_plays_other_episodes_than_its_beginning(script, launched, monkeypatch, tmp_path):
     monkeypatch.setenv("SEEDS", str(tmp_path / "seeds"))
     flags = "--env-id", "envs:Seeded-v0", "--total-timesteps", script.batch
