@@ -28,9 +28,15 @@ def test_every_result_names_its_command_commit_and_versions():
 
 
 @pytest.mark.parametrize("path", report.TABLES)
-def test_the_files_that_it_links_exist(path):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / path).read_text())
-    assert len(links) >= 3 and all((ROOT / path).parent.joinpath(link).exists() for link in links)
+def test_the_files_and_headings_that_it_links_exist(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", (ROOT / path).read_text())
+    assert len(links) >= 3
+    for file, anchor in links:
+        target = (ROOT / path).parent / file if file else ROOT / path
+        assert target.exists()
+        if anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_programs_that_it_shows_run(tmp_path):

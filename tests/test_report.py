@@ -30,7 +30,10 @@ def test_the_interval_draws_seeds_within_their_environment():
     assert report.interval(apart, lambda x: x.mean(-1)) == (0.5, 0.5)
     low, high = report.interval(np.random.default_rng(1).normal(size=(20, 25)), lambda x: x.mean(-1))
     assert (high - low) / 2 == pytest.approx(1.96 / np.sqrt(500), rel=0.1)
-    assert low < report.interquartile_mean(np.zeros(4)) < high
+    assert low < 0 < high
+    sample = np.random.default_rng(2).normal(size=(20, 25))
+    low, high = report.interval(sample, report.interquartile_mean)
+    assert low < report.interquartile_mean(sample.ravel()) < high and high - low < 0.3
 
 
 def test_a_method_has_a_share_of_the_human_once_it_was_run_on_every_game(monkeypatch):

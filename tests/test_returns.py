@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, environment
+from helpers import ROOT, environment, finish, iterations, only_run, wait_for
+from helpers import start as begin
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmark"))
 import returns  # noqa: E402
@@ -107,9 +108,26 @@ def test_a_grid_that_is_stopped_goes_on_to_its_end(kill, expected, tmp_path):
         assert all(len(list((tmp_path / "work" / cell).glob("*/metrics.csv"))) == 1 for cell in CELLS)
 
 
-def test_a_peer_is_a_cell_like_any_other(tmp_path):
-    flags = ["--algorithm", "ddpg", "--total-timesteps", "3000"]
-    text, log = returns.run(returns.Cell("peer", "tests/benchmark/sb3", "Pendulum-v1", "1", flags), ROOT, tmp_path, "")
+def test_a_cell_goes_on_with_what_its_command_began_and_with_nothing_else(tmp_path):
+    cell = returns.Cell("part", "ppo_clip", "CartPole-v1", "1", ["--total-timesteps", "20480", "--update-epochs", "1"])
+    folder = tmp_path / cell.path
+    training = begin(ROOT / "ppo_clip.py", "--env-id", cell.env_id, *cell.flags, "--runs-dir", folder)
+    wait_for(lambda: list(folder.glob("*/metrics.csv")) and iterations(only_run(folder)), training)
+    training.terminate()
+    assert finish(training)[0] == 143
+    text, log = returns.run(cell, ROOT, tmp_path, "1234567")
+    assert text, log
+    about = json.loads(text.splitlines()[0].removeprefix("# "))
+    assert (about["steps"], about["resumed"]) == (20480, True)
+    for other, commit in (cell, "7654321"), (cell._replace(flags=[*cell.flags, "--gamma", "0.9"]), "1234567"):
+        text, log = returns.run(other, ROOT, tmp_path, commit)
+        assert text is None and "commit 1234567 python ppo_clip.py" in log
+
+
+@pytest.mark.parametrize("script, flags", [("sb3", ["--algorithm", "ddpg"]), ("random_policy", [])])
+def test_a_peer_is_a_cell_like_any_other(script, flags, tmp_path):
+    cell = returns.Cell("peer", f"tests/benchmark/{script}", "Pendulum-v1", "1", [*flags, "--total-timesteps", "3000"])
+    text, log = returns.run(cell, ROOT, tmp_path, "")
     assert text, log
     about = json.loads(text.splitlines()[0].removeprefix("# "))
     assert (about["steps"], about["episodes"], about["resumed"]) == (3000, 15, False) and "evaluated" in about

@@ -25,7 +25,7 @@ SECONDS, FPS = 4, 25
 def film(run: Path) -> Path:
     config = json.loads((run / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
-        copy = shutil.copytree(run, Path(folder, run.name))
+        copy = shutil.copytree(run, Path(folder, run.name), ignore=shutil.ignore_patterns("videos"))
         command = [sys.executable, ROOT / f"{config['script']}.py", "--evaluate", copy, "--eval-episodes", "1"]
         subprocess.run([*command, "--capture-video"], check=True)
         (video,) = copy.glob("videos/*/*.mp4")

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def episodes(env_id: str, seed: int) -> Iterator[tuple[float, int]]:
 def play(args: argparse.Namespace) -> None:
     run = Path(args.runs_dir) / f"{args.env_id}__random__{args.seed}__{int(time.time())}"
     run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"args": {"resume": None}}))
     step, begin = 0, time.perf_counter()
     with (run / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)

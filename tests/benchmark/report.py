@@ -375,15 +375,14 @@ def growth_table() -> str:
 
 
 def cuda_table() -> str:
-    """Steps per second of each script on the CPU and on the GPU."""
-    measured = measurements("cuda")
-    rates = {cell: median(rate for rate, _ in repeats) for cell, repeats in measured.items()}
-    rows = []
-    for (env_id, program), rate in rates.items():
+    """Steps per second of each script on the CPU and on the GPU, of the repeats that both have."""
+    measured, rows = measurements("cuda"), []
+    for (env_id, program), repeats in measured.items():
         name, _, device = program.rpartition(" ")
         if device == "--cuda":
-            cpu = rates[env_id, f"{name} --no-cuda"]
-            rows.append((env_id, name, f"{cpu:.0f}", f"{rate:.0f}", f"{rate / cpu:.2f}"))
+            pairs = [(cpu, gpu) for (cpu, _), (gpu, _) in zip(measured[env_id, f"{name} --no-cuda"], repeats)]
+            cpu, gpu = map(median, zip(*pairs))
+            rows.append((env_id, name, f"{cpu:.0f}", f"{gpu:.0f}", f"{gpu / cpu:.2f}"))
     return table("| environment | program | steps/s on the CPU | … on the GPU | times as fast |", rows)
 
 

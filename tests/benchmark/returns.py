@@ -7,7 +7,8 @@
 A cell is a name (of its row in grid.csv), an environment and a seed. Its result has a row for every 10,000 steps of
 training, under one line of comment with the command, commit and versions, the mean return of 100 episodes (of an Atari
 game 10) of the trained agent without exploration (`--evaluate`), the median of each loss, and what else the tables
-need. What a cell was doing when it was stopped, and the log of one that failed, stay in --work. A run that diverges,
+need. What a cell was doing when it was stopped, and the log of one that failed, stay in --work, where the same command
+at the same commit goes on with it. A run that diverges,
 as its script says, counts with the episodes until then and its last checkpoint. A run that was stopped and resumed has
 begun new episodes there, so its numbers are not those that its command alone gives: its result says "resumed".
 
@@ -140,6 +141,10 @@ def run(cell: Cell, root: Path, work: Path, commit: str) -> tuple[str | None, st
     command = ["python", f"{cell.script}.py", "--env-id", cell.env_id, "--seed", cell.seed, *cell.flags]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # training holds it too: what is left of a killed worker ends before we go on
+        maker, begun = " ".join(["commit", commit, *command]), folder / "maker"
+        if begun.exists() and begun.read_text() != maker:
+            return None, f"{folder} was begun by {begun.read_text()}: remove it, or go on from there\n"
+        begun.write_text(maker)
         where = ["--runs-dir", str(folder), "--no-cuda"]
         if checkpoints := sorted(folder.glob("*/checkpoint.pt")):
             where = ["--resume", str(checkpoints[-1])]
