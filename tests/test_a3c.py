@@ -788,6 +788,17 @@ def test_where_not_all_workers_can_start_those_that_did_are_ended(main, monkeypa
     assert multiprocessing.active_children() == []
 
 
+def test_a_row_of_losses_has_the_means_over_the_segments_since_the_last(handlers, monkeypatch):
+    segments = [(20 * k, None, 0.1, [k, 10 * k, 100 * k]) for k in range(1, 76)]
+    monkeypatch.setattr(a3c, "actor_learner", lambda *args: iter(segments))
+    shared, sent = Shared(Agent(Box(-1, 1, (4,)), Discrete(2)), None, None, None, None), []
+    args = Args(env_id="CartPole-v1", t_max=20, total_timesteps=1500)
+    a3c.work(0, args, shared, SimpleNamespace(send=sent.append), 1, None)
+    for (T, row), step, mean in zip(sent, (1000, 1500), (25.5, 63), strict=True):  # of 1 … 50 and 51 … 75
+        assert T == step and row == {"charts/learning_rate": 0.1, "losses/policy_loss": mean,
+                                     "losses/value_loss": 10 * mean, "losses/entropy": 100 * mean}
+
+
 @PROC
 def test_a_worker_that_dies_ends_the_run_in_one_line(begun):
     process, workers = begun

@@ -498,7 +498,7 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
     monkeypatch.setattr(trpo, "solve_cg", solver)
     monkeypatch.setattr(trpo, "fit_values", critic)
     count = agent.obs_norm.count.clone()
-    new, _ = updated(agent, rollout, gamma=0.75, gae_lambda=1.0, minibatch_size=64)
+    new, metrics = updated(agent, rollout, gamma=0.75, gae_lambda=1.0, minibatch_size=64)
     agent.obs_norm = new.obs_norm  # an update takes the rollout's in first
     values, next_values = (value(agent, agent.obs_norm(y)).detach() for y in (rollout.obs, rollout.next_obs))
     returns = torch.zeros(16, 4).double()
@@ -516,7 +516,19 @@ def test_the_solver_and_the_critic_see_the_rollouts_advantages_and_returns(space
     torch.testing.assert_close(seen["advantage"], standard)
     torch.testing.assert_close(seen["x"], agent.obs_norm(rollout.obs.reshape(64, 4)))
     assert torch.equal(seen["action"], rollout.actions.flatten(0, 1))
+    explained = 1 - (returns - values).var() / returns.var()
+    assert metrics["losses/explained_variance"] == pytest.approx(explained.item())
+    assert metrics["losses/entropy"] == pytest.approx(policy(new, seen["x"]).entropy().mean().item())
     assert new.obs_norm.count == count + 64
+
+
+def test_the_value_functions_loss_is_the_mean_over_the_minibatches():
+    agent, losses = agent_of(trpo, Discrete(3)), iter(torch.arange(9.0))
+    phi = as_vector([*agent.critic.parameters()])
+    args = Args(update_epochs=3, minibatch_size=4)
+    found = fit_values(agent, phi, torch.optim.SGD([phi], 0.1), torch.randn(10, 4).double(), torch.randn(10).double(),
+                       args, lambda *_: (torch.zeros_like(phi), next(losses)))
+    assert found == {"losses/value_loss": 4.0} and next(losses, None) is None
 
 
 @SPACES
