@@ -500,8 +500,8 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    kept = ("beta", "total_timesteps") if args.anneal_lr else ("beta",)  # made longer, its steps are large again
-    if not checkpoint or any(getattr(args, name) != checkpoint["args"][name] for name in kept):
+    told = ("beta", "total_timesteps") if args.anneal_lr else ("beta",)  # annealed steps grow again in a longer run
+    if not checkpoint or any(getattr(args, name) != checkpoint["args"][name] for name in told):
         agent.beta.fill_(args.beta)
     gradient = compiled(minibatch_gradient) if args.compile else minibatch_gradient
     run = Run(args, folder, checkpoint, end, agent=agent, optimizer=optimizer)
