@@ -297,7 +297,7 @@ def collect(acting: Agent, actors: list[Actor], replay: Replay, noise: Tensor, s
         if terminated or truncated:
             episodes.append((actor.episodic_return, actor.length))
             actor.reset()
-            noise[n] = 0  # as in the paper each episode begins with new noise
+            noise[n] = 0  # [DETAIL] as in the paper: each episode begins with new noise
     return episodes
 
 

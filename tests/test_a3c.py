@@ -127,6 +127,14 @@ class Halting(envs.Counter):
         self.halt("close")
 
 
+class Slow(envs.Counter):
+    """Takes two and a half seconds for each reset."""
+
+    def reset(self, seed=None, options=None):
+        time.sleep(2.5)
+        return super().reset(seed=seed)
+
+
 class Broken(envs.Counter):
     """Breaks in the third step."""
 
@@ -136,7 +144,7 @@ class Broken(envs.Counter):
         return 1.0
 
 
-for env in (Announced, Listed, Halting, Broken):
+for env in (Announced, Listed, Halting, Slow, Broken):
     gym.register(f"{env.__name__}-v0", env)
 gym.register("Swing-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=2500)
 
@@ -767,8 +775,9 @@ def test_a_worker_that_goes_early_without_a_word_ends_the_run(main, monkeypatch,
     assert multiprocessing.active_children() == []
 
 
-def test_patience_may_have_no_end(main, tmp_path):
-    code, _, err = main("--env-id", "envs:Counter-v0", "--num-workers", 1, "--total-timesteps", 10, "--patience", math.inf,
+@pytest.mark.parametrize("patience", [10, math.inf])
+def test_a_reset_that_takes_longer_than_a_step_is_no_hang(patience, main, tmp_path):
+    code, _, err = main("--env-id", "test_a3c:Slow-v0", "--num-workers", 1, "--total-timesteps", 5, "--patience", patience,
                         "--runs-dir", tmp_path)
     assert (code, complaints(err)) == (0, [])
 

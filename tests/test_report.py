@@ -36,6 +36,12 @@ def test_the_interval_draws_seeds_within_their_environment():
     assert low < report.interquartile_mean(sample.ravel()) < high and high - low < 0.3
 
 
+def test_a_gpus_speed_is_compared_in_the_repeats_that_the_cpu_has_too(monkeypatch):
+    measured = {("A-v0", "s --no-cuda"): [(10.0, 0), (99.0, 0)], ("A-v0", "s --cuda"): [(5.0, 0)]}
+    monkeypatch.setattr(report, "measurements", lambda _: measured)
+    assert report.cuda_table().splitlines()[-1] == "| A-v0 | s | 10 | 5 | 0.50 |"
+
+
 def test_a_method_has_a_share_of_the_human_once_it_was_run_on_every_game(monkeypatch):
     random, human = np.zeros(7), np.full(7, 4.0)
     whole, part = np.array([0.0, 0, 0, 1, 2, 4, 7]), np.array([np.nan, 1, 1, 1, 1, 1, 1])
