@@ -112,7 +112,7 @@ class Args:
     gamma: float = 0.99  # γ: discount per step
     ent_coef: float = 1e-4  # weight of the entropy bonus, the paper's for continuous actions; for Atari choose 0.01
     max_grad_norm: float = 40.0  # a longer gradient is shortened to this length; inf: never
-    patience: float = 60.0  # seconds without a step, from its start on, after which an actor-learner counts as hung
+    patience: float = 60.0  # seconds without a step, from its start on, after which a hung actor-learner ends the run
     cuda: bool = False  # put the actor-learners' own networks on the GPU if there is one; these are faster on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -147,6 +147,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         gym.register_envs(ale_py)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # without its banner
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if atari:
         # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey, an action for every 4, up to 30
@@ -276,7 +277,7 @@ class Agent(nn.Module):
         shape = (*shape, self.actor.out_features)
         if self.discrete:
             return -torch.empty(shape).exponential_().log()
-        return torch.randn(shape) * self.log_std.cpu().exp()  # drawn on the CPU: the same numbers on every device
+        return torch.randn(shape) * self.log_std.detach().cpu().exp()  # drawn on the CPU: the same on every device
 
     def act(self, obs: Tensor, memory: Memory = None, noise: Tensor | float = 0.0) -> tuple[Tensor, Memory]:
         """obs (1,…) → (1[,A]): an action drawn from π(·|s), without noise the most probable one; the memory after it"""
@@ -313,9 +314,10 @@ def entropy(output: Tensor, log_std: Tensor | None) -> Tensor:
     return log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(log_std)
 
 
-def score_loss(log_probs: Tensor, advantage: Tensor) -> Tensor:
-    """−Σ_i log π(a_i|s_i; θ') A_i, whose gradient is −dθ of A3C-16;   log_probs, advantage (k,) → ()"""
-    return -(log_probs * advantage).sum()  # [A3C-GRAD]
+def score_loss(log_probs: Tensor, returns: Tensor, value: Tensor) -> Tensor:
+    """−Σ_i log π(a_i|s_i; θ') (R_i − V(s_i)), whose gradient is −dθ of A3C-16;   all (k,) → ()"""
+    # [A3C-GRAD] with A = R − V: [A2C-ADV] R estimates Q^π(s,a); [A3C-ADV] it is the rewards, then V where they end.
+    return -(log_probs * (returns - value.detach())).sum()
 
 
 def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
@@ -325,17 +327,6 @@ def n_step_returns(rewards: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
         R = reward + gamma * R
         returns.append(R)
     return bootstrap.new_tensor(returns[::-1])
-
-
-def n_step_advantage(returns: Tensor, value: Tensor) -> Tensor:
-    """A_i = R_i − V(s_i), without a gradient: V learns by a loss of its own;   returns, value (k,) → (k,)"""
-    # [A2C-ADV] with R_i, an estimate of Q^π(s_i,a_i). [A3C-ADV] R_i is what followed: rewards, then V where they end.
-    return returns - value.detach()
-
-
-def squared_error(value: Tensor, target: Tensor) -> Tensor:
-    """Σ_i (R_i − V(s_i; θ'_v))² (A3C-17);   value, target (k,) → ()"""
-    return (target - value).square().sum()
 
 
 def rmsprop_(theta: Tensor, square_avg: Tensor, grad: Tensor, learning_rate: float, alpha: float, eps: float) -> None:
@@ -369,8 +360,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         theta.copy_(shared.theta)
         # [A3C-5] t_start = t
         t_start, start_memory, actions, rewards = t, memory, [], []
-        with torch.no_grad():  # [DETAIL] Drawn at once for the whole segment: faster than step by step.
-            noise = agent.noise(args.t_max, 1).to(device)
+        noise = agent.noise(args.t_max, 1).to(device)  # [DETAIL] For the whole segment: faster than step by step.
         # [A3C-6] get state s_t
         obs = [torch.from_numpy(actor.obs)]
         # [A3C-7] repeat
@@ -402,19 +392,18 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         # [A3C-13] R = 0 for terminal s_t;  V(s_t, θ'_v) for non-terminal s_t
         bootstrap = agent.value_norm.inverse(values[-1].detach().cpu()) * (not terminated)
         # [A3C-14] for i ∈ {t−1, …, t_start} do
-        rewards = torch.tensor(rewards, dtype=torch.float32)
-        if agent.frames:
-            rewards = rewards.sign()  # [DETAIL] A gain counts 1, a loss −1: the rare big ones don't drown the others.
+        # [DETAIL] In a game a gain counts 1, a loss −1: the rare big ones don't drown the others.
+        rewards = torch.tensor(np.sign(rewards) if agent.frames else rewards, dtype=torch.float32)
         # [A3C-15] R ← r_i + γ R
         returns = n_step_returns(rewards, bootstrap, args.gamma)
         # [DETAIL] R and V normalised by the returns so far: one step size then fits rewards of any size. Not on frames:
         # signs need no scale, and V of the first frames, which is far off, would set it.
         target = (returns if agent.frames else agent.value_norm(returns.unsqueeze(1)).squeeze(1)).to(device)
-        output, advantage = agent.actor(features[:-1]), n_step_advantage(target, values[:-1])
+        output = agent.actor(features[:-1])
         # [A3C-16] dθ ← dθ + ∇_θ' log π(a_i|s_i; θ') (R − V(s_i; θ'_v))
-        policy_loss = score_loss(log_prob(output, agent.log_std, torch.cat(actions)), advantage)
+        policy_loss = score_loss(log_prob(output, agent.log_std, torch.cat(actions)), target, values[:-1])
         # [A3C-17] dθ_v ← dθ_v + ∂ (R − V(s_i; θ'_v))² / ∂θ'_v
-        value_loss = squared_error(values[:-1], target)
+        value_loss = (target - values[:-1]).square().sum()
         # [DETAIL] The paper's bonus for entropy keeps the policy from settling too early.
         bonus = entropy(output, agent.log_std)
         loss = policy_loss + value_loss - args.ent_coef * len(actions) * bonus
@@ -427,8 +416,7 @@ def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args
         # [A3C-19] asynchronous update of θ using dθ and of θ_v using dθ_v
         # [DETAIL] Ever smaller steps, as in the paper: the last policies are then good ones, not only good on average.
         learning_rate = args.learning_rate * (max(0, 1 - T / args.total_timesteps) if args.anneal_lr else 1)
-        square_avg = shared.agent.square_avg
-        rmsprop_(shared.theta, square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
+        rmsprop_(shared.theta, shared.agent.square_avg, gradient.cpu(), learning_rate, args.rms_alpha, args.rms_eps)
         with shared.lock:  # the statistics that all actor-learners normalise by, from now on
             if not agent.frames:
                 agent.value_norm.update(returns.unsqueeze(1))
@@ -458,11 +446,10 @@ class Run:
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
-        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
-        versions = {name: module.__version__ for name, module in used.items() if module}
-        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        used = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if name in sys.modules]
+        config = {"script": SCRIPT, "args": asdict(args), "versions": {x: sys.modules[x].__version__ for x in used}}
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -530,7 +517,6 @@ class Run:
 def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, videos: Path | None) -> None:
     """The n-th process. Sends (T, numbers) for each row of metrics.csv, or in one line what the user can mend."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this
-    warnings.filterwarnings("ignore", message=".*is out of date")
     torch.set_num_threads(1)  # a core of its own is all that an actor-learner has
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
     try:
@@ -562,10 +548,10 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
     shared = Shared(agent.share_memory(), theta, context.RawValue("q", step), context.RawArray("q", N), context.Lock())
     snapshot = SimpleNamespace(state_dict=lambda: copy.deepcopy(agent.state_dict()))  # others write while it is saved
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=snapshot)
-    workers, started, seen, idle, stops = {}, [], [0] * N, [0.0] * N, (signal.SIGINT, signal.SIGTERM)
-    run.collecting = False  # so that a signal waits until all have started; they themselves never see it
-    if masks := hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    workers, started, seen, idle = {}, [], [0] * N, [0.0] * N
+    run.collecting = False  # so that a signal waits until all have started
+    if masks := hasattr(signal, "pthread_sigmask"):  # a terminal sends Ctrl-C to the workers as well: none ever sees it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
             ours, theirs = context.Pipe(duplex=False)
@@ -577,7 +563,7 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
         with run.bar:
             with contextlib.suppress(KeyboardInterrupt):
                 if masks:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
                 while workers and not run.signal:
                     run.collecting, begun = True, time.monotonic()
                     ready = wait(workers, timeout=1)
@@ -599,7 +585,6 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
                         idle[n] = idle[n] + passed if shared.steps[n] == seen[n] else 0
                         seen[n] = shared.steps[n]
                         if idle[n] > args.patience:
-                            run.save(shared.T.value)
                             raise Failure(f"worker {n} has taken no step for --patience {args.patience} seconds")
                     run.bar.update(min(shared.T.value, args.total_timesteps) - run.bar.n)
                     if time.time() > run.due:
@@ -636,13 +621,12 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
+    return tyro.cli(Args, default=saved), file, checkpoint
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
-    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
-    torch.set_num_threads(1)  # matrices this small take longer when they are shared out
+    torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
         training = args.evaluate is None
@@ -671,7 +655,7 @@ def main() -> None:
     except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
-            raise  # an environment's, not a folder's for its videos
+            raise  # the environment's own; where no folder can be made for its videos, a line tells it
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -15,15 +15,15 @@ Slides "策略梯度和Q学习的对比" (Q-TD); 确定性梯度策略, 深度�
 
     A stochastic policy gradient tries actions and needs ∂ log πθ(a|s); a deterministic policy a = μ_θ(s) tries none.
     But a critic Q that is differentiable in the action says by itself which way to change a: along ∇_a Q(s,a). The
-    chain rule carries this slope on to θ: ∇_θ Q(s, μ_θ(s)) = ∇_θ μ_θ(s) ∇_a Q(s,a)|_{a=μ_θ(s)}. Its sum over the
-    states that μ_θ visits (ρ^μ), the one at t times γ^t, is the gradient of the return J, although these states change
-    with θ too (Silver et al., theorem 1). As no expectation is over actions, they may come from a replay buffer,
-    explored with any noise: off-policy learning.
+    chain rule carries this slope on to θ: ∇_θ Q(s, μ_θ(s)) = ∇_θ μ_θ(s) ∇_a Q(s,a)|_{a=μ_θ(s)}. Summed over the states
+    that μ_θ visits, that of step t weighted by γ^t (ρ^μ), it is the gradient of the return J, although these states
+    change with θ too (Silver et al., theorem 1). As no expectation is over actions, the states may come from a replay
+    buffer, explored with any noise: off-policy learning.
 
 Silver et al. 2014 (DPG, theorem 1); Lillicrap et al. 2015 (DDPG, arXiv:1509.02971, algorithm 1)
 
     DPG-THM   ∇_θ J(μ_θ) = E_{s~ρ^μ}[ ∇_θ μ_θ(s) ∇_a Q^μ(s,a)|_{a=μ_θ(s)} ]
-    Q-TD      Q-learning minimises E[ ½ ( r_t + γ max_a' Q_θ'(s_{t+1},a') − Q_θ(s_t,a_t) )² ]; here μ' is for the max
+    Q-TD      Q-learning minimises E[ ½ ( r_t + γ max_a' Q_θ'(s_{t+1},a') − Q_θ(s_t,a_t) )² ]; μ' replaces the max
 
     DDPG-1    initialise critic Q(s,a|θ^Q) and actor μ(s|θ^μ)
     DDPG-2    initialise targets θ^Q' ← θ^Q, θ^μ' ← θ^μ
@@ -41,7 +41,7 @@ Silver et al. 2014 (DPG, theorem 1); Lillicrap et al. 2015 (DDPG, arXiv:1509.029
     DDPG-14       end for
 
 Symbols     variable            shape     meaning
-    s_t     obs                 (B,S)     observation; next_obs is s_{t+1}, the true one also when an episode ends
+    s_t     obs                 (B,S)     observation, S numbers; next_obs is s_{t+1}, also where an episode ends
     a_t     action              (B,A)     action, each number from −1 to 1: the environment's range, rescaled
     r_t     reward              (B,)      reward
     μ, Q    actor, critic                 policy, and its value; μ', Q' target_actor, target_critic
@@ -55,7 +55,7 @@ Departures from the slides
     DDPG-1    The paper's networks have 400 and 300 units, batch normalisation, and a in Q's second layer.
     DDPG-6    a_t is clipped to its bounds. Noise is independent by default, as later work (arXiv:1802.09477) found the
               paper's Ornstein-Uhlenbeck process no better.
-    DDPG-11   to DDPG-13: the paper also has a weight decay of 0.01 on Q, a step size of 1e-4 for μ, and τ = 0.001.
+    DDPG-11   to DDPG-13: the paper has a weight decay of 0.01 on Q, here none; a step size of 1e-4 for μ; τ = 0.001.
     [DETAIL]  marks whatever else the slides don't have, each with its reason.
 """
 
@@ -103,7 +103,7 @@ class Args:
     noise_std: float = 0.1  # σ of what each step adds to the noise N_t; actions range from -1 to 1
     ou_theta: float = 1.0  # share of N_t that decays per step; the paper's Ornstein-Uhlenbeck process: 0.15, σ = 0.2
     gamma: float = 0.99  # γ: discount per step
-    compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
+    compile: bool = False  # compile the gradients: takes some 20 seconds, then saves time; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -131,6 +131,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
         env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
@@ -336,7 +337,7 @@ def actor_gradient(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
 def update(agent: Agent, vectors: tuple[Tensor, ...], actor_optimizer: torch.optim.Optimizer,
            critic_optimizer: torch.optim.Optimizer, replay: Replay, args: Args,
            of_critic: Callable = critic_gradient, of_actor: Callable = actor_gradient) -> Tensor:
-    """One gradient step of critic and actor; returns their losses and the mean of Q."""
+    """One gradient step of critic and actor; returns the actor's loss, the critic's, and the mean of Q."""
     theta_mu, theta_q, target_mu, target_q, acting_mu = vectors
     # [DDPG-9] sample a minibatch of N transitions from R
     obs, *others = replay.sample(args.batch_size)
@@ -363,7 +364,7 @@ METRICS = (
     "losses/qf_values",
 )
 LOG_STEPS = 1000  # over which the losses of a row are averaged
-CHECKPOINT_SECONDS = 60  # and up to LOG_STEPS more: what a crash costs; the replay buffer takes a while to write
+CHECKPOINT_SECONDS = 60  # and up to LOG_STEPS steps: what a crash costs; the replay buffer takes a while to write
 
 
 class Run:
@@ -373,11 +374,10 @@ class Run:
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
-        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
-        versions = {name: module.__version__ for name, module in used.items() if module}
-        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        used = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if name in sys.modules]
+        config = {"script": SCRIPT, "args": asdict(args), "versions": {x: sys.modules[x].__version__ for x in used}}
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -464,12 +464,6 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.actor_lr, args.critic_lr
     gradients = [compiled(f) if args.compile else f for f in (critic_gradient, actor_gradient)]
     run = Run(args, folder, checkpoint, end, agent=agent, **parts)
-
-    def log_losses() -> None:
-        if losses:
-            run.log(step, dict(zip(METRICS[3:], torch.stack(losses).mean(0).tolist())))
-            losses.clear()
-
     with run.bar:
         with contextlib.suppress(KeyboardInterrupt):
             actors = [Actor(env, run.bar) for env in envs]
@@ -483,11 +477,11 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 if step > args.learning_starts:
                     losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args, *gradients)
                                for _ in actors]
-                if step % LOG_STEPS < N:
-                    log_losses()
-                    if time.time() > run.due:
-                        run.save(step)
-        log_losses()
+                if losses and (step % LOG_STEPS < N or step == end or run.signal):
+                    run.log(step, dict(zip(METRICS[3:], torch.stack(losses).mean(0).tolist())))
+                    losses.clear()
+                if step % LOG_STEPS < N and time.time() > run.due:
+                    run.save(step)
         return run.finish(step)
 
 
@@ -515,12 +509,11 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
+    return tyro.cli(Args, default=saved), file, checkpoint
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
-    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
@@ -550,7 +543,7 @@ def main() -> None:
     except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
-            raise  # an environment's, not a folder's for its videos
+            raise  # the environment's own; where no folder can be made for its videos, a line tells it
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: MIT
 """PPO with the KL penalty: several epochs on the same data, at a price of β for every nat that the policy moves.
 
-    python ppo_kl.py --env-id Hopper-v4                                 # 1M steps, 4 minutes: return 1500 to 2700
+    python ppo_kl.py --env-id Hopper-v4                                 # 1M steps, 5 minutes: return 1500 to 2700
     python ppo_kl.py --env-id CartPole-v1 --total-timesteps 200000      # 30 seconds: return about 480
 
 Slides 近端策略优化 PPO: "3. 自适应的KL惩罚项参数", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
@@ -24,7 +24,7 @@ Slides 近端策略优化 PPO: "3. 自适应的KL惩罚项参数", "2. 优势函
     PPO-4       θ_old ← θ
 
 Symbols     variable            shape     meaning
-    s_t     obs                 (T,N,S)   observation; next_obs is s_{t+1}, the true one also when an episode ends
+    s_t     obs                 (T,N,S)   observation, S numbers; next_obs is s_{t+1}, also where an episode ends
     a_t     actions             (T,N[,A]) continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (T,N)     reward. r_t(θ), the probability ratio, is `ratio`
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
@@ -88,7 +88,7 @@ class Args:
     d_targ: float = 0.01  # KL per iteration, in nats, that β is adapted to
     ent_coef: float = 0.0  # weight of the entropy bonus: above 0 keeps the policy exploring
     max_grad_norm: float = 0.5  # a longer gradient is shortened to this length; inf: never
-    compile: bool = False  # compile the gradients: pays after some 200,000 steps; needs a C++ compiler
+    compile: bool = False  # compile the gradients: takes some 20 seconds, then saves time; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -116,6 +116,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
         env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
@@ -299,7 +300,7 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Tensors (T,N,…) as in the table above; and of the episodes that ended: steps into the rollout, return, length
+# Tensors (T,N,…); and of each episode that ended: steps of all actors up to its end, return, length
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes")
 
 
@@ -342,7 +343,7 @@ def minibatch_gradient(agent: Agent, parameters: list[nn.Parameter], args: Args,
     output = agent.actor(x)
     ratio = (log_prob(output, agent.log_std, action) - old_log_prob).exp()  # r_t(θ)
     kl = kl_divergence(old_output, old_log_std, output, agent.log_std)
-    policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()
+    policy_loss = -penalized_surrogate(ratio, advantage, kl, agent.beta).mean()  # −L of PPO-2
     value_loss = 0.5 * (agent.critic(x).squeeze(-1) - target).square().mean()
     # [DETAIL] One step for both networks; the bonus for entropy keeps π exploring (paper, eq. 9 with c1 = ¼).
     loss = policy_loss + 0.5 * value_loss
@@ -418,11 +419,10 @@ class Run:
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
-        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
-        versions = {name: module.__version__ for name, module in used.items() if module}
-        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        used = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if name in sys.modules]
+        config = {"script": SCRIPT, "args": asdict(args), "versions": {x: sys.modules[x].__version__ for x in used}}
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -500,9 +500,9 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    told = ("beta", "total_timesteps") if args.anneal_lr else ("beta",)  # annealed steps grow again in a longer run
-    if not checkpoint or any(getattr(args, name) != checkpoint["args"][name] for name in told):
-        agent.beta.fill_(args.beta)
+    renewing = ("beta", "total_timesteps") if args.anneal_lr else ("beta",)
+    if not checkpoint or any(getattr(args, name) != checkpoint["args"][name] for name in renewing):
+        agent.beta.fill_(args.beta)  # anew in a longer run too, as annealed step sizes then rise again
     gradient = compiled(minibatch_gradient) if args.compile else minibatch_gradient
     run = Run(args, folder, checkpoint, end, agent=agent, optimizer=optimizer)
     with run.bar:
@@ -549,12 +549,11 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
+    return tyro.cli(Args, default=saved), file, checkpoint
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
-    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
@@ -584,7 +583,7 @@ def main() -> None:
     except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
-            raise  # an environment's, not a folder's for its videos
+            raise  # the environment's own; where no folder can be made for its videos, a line tells it
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

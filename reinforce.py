@@ -30,7 +30,7 @@ Slides "复习：策略梯度定理", "策略网络的梯度", "策略梯度和Q
     RF-7  return θ
 
 Symbols     variable            shape     meaning
-    s_t     obs                 (B,S)     observation; B steps of N episodes, one after the other
+    s_t     obs                 (B,S)     observation, S numbers; B steps of N episodes, one after the other
     a_t     actions             (B[,A])   continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (B,)      reward
     G_t     returns             (B,)      return from t: r_t + γ r_{t+1} + … to the end of the episode
@@ -39,9 +39,9 @@ Symbols     variable            shape     meaning
 
 Departures from the slides
     RF-4      θ moves once for N episodes, by the mean of their gradients, not at each t: the later steps of an episode
-              are then still samples of the policy that the gradient is taken at, but for its running statistics. α goes
-              through Adam.
-    G_t       Flags choose the weight of ∂ log πθ; "scaled" is to mean 0 and variance 1 over an update's steps:
+              are then still samples of the policy that the gradient is taken at, except for its running statistics.
+              Adam makes the step; α is its step size.
+    G_t       Flags choose the weight of ∂ log πθ; "scaled" means: with mean 0 and variance 1 over an update's steps:
                   (default)                     G_t, scaled: how much better than the update's average it was
                   --no-norm-returns             G_t, the slide's; with --num-envs 1 after each episode
                   --baseline                    G_t − V(s_t), scaled
@@ -89,7 +89,7 @@ class Args:
     baseline: bool = False  # subtract a learned V(s) from G_t
     value_lr: float = 1e-3  # Adam's step size for the baseline
     value_epochs: int = 10  # passes over an update's steps that fit the baseline, by minibatches of 64
-    norm_returns: bool = True  # scale what weighs the gradient to mean 0 and variance 1
+    norm_returns: bool = True  # shift and scale what weighs the gradient, so that its mean is 0 and its variance 1
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -116,6 +116,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
     if videos and sys.platform == "linux":  # draw without a screen; MuJoCo and pygame ask when they are imported
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if videos else {}))
     if videos and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
         env.unwrapped.mujoco_renderer.camera_id = 0  # the model's camera follows the body, the default one doesn't
@@ -280,15 +281,13 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Of an episode: tensors (T,…) as in the table above; steps of all actors up to its end; what it earned
+# Of an episode: tensors (T,…); steps of all actors up to its end; what it earned
 Episode = namedtuple("Episode", "obs actions rewards end episodic_return")
 
 
 @torch.no_grad()
 def collect(acting: Agent, actors: list[Actor], limit: int) -> tuple[list[Episode], int]:
-    """An episode of each actor. The end of the run, after `limit` steps, leaves some unfinished.
-
-    Returns those that ended, and the number of all steps."""
+    """An episode of each actor → those that ended, and how many steps all took: at most `limit`, where the run ends"""
     taken, running, episodes, steps = [[] for _ in actors], list(range(len(actors))), [], 0
     # [RF-2] for each episode {s_1, a_1, r(s_1,a_1), …} ~ πθ do: N of them at a time
     while running and steps < limit:
@@ -324,7 +323,7 @@ def update(agent: Agent, acting: Agent, theta: Tensor, phi: Tensor, policy_optim
             values = agent.value_norm.inverse(agent.critic(x).squeeze(-1))
             weights = returns - values  # [A2C-ADV]
         if args.norm_returns:
-            # [DETAIL] Returns of one sign push all actions the same way, and as they grow, so would the steps.
+            # [DETAIL] Returns of one sign would push all actions one way: now the better half goes up, the other down.
             weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     # [RF-3] for t = 1 to T do: all t of all episodes at once
     # [RF-4] θ ← θ + α ∂/∂θ log πθ(a_t|s_t) G_t; with the baseline [PG-ADV] θ ← θ + α E[ ∂ log πθ(a|s)/∂θ · A ]
@@ -367,11 +366,10 @@ class Run:
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
-        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
-        versions = {name: module.__version__ for name, module in used.items() if module}
-        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        used = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if name in sys.modules]
+        config = {"script": SCRIPT, "args": asdict(args), "versions": {x: sys.modules[x].__version__ for x in used}}
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -497,12 +495,11 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
+    return tyro.cli(Args, default=saved), file, checkpoint
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
-    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
@@ -532,7 +529,7 @@ def main() -> None:
     except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
-            raise  # an environment's, not a folder's for its videos
+            raise  # the environment's own; where no folder can be made for its videos, a line tells it
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

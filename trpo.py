@@ -48,7 +48,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
                 Σ_k w_k = 1; with samples w_k = πθ'(a_{n,k}|s_n) / πθ(a_{n,k}|s_n)
 
 Symbols     variable            shape     meaning
-    s_t     obs                 (T,N,…)   observation; next_obs is s_{t+1}, the true one also when an episode ends
+    s_t     obs                 (T,N,…)   observation; next_obs is s_{t+1}, also where an episode ends
     a_t     actions             (T,N[,A]) continuous: A numbers; discrete: the index of one of A actions
     r_t     rewards             (T,N)     reward. πθ'/πθ, the probability ratio, is `ratio`
     V       values              (T,N)     critic's estimate of the return from s_t; next_values from s_{t+1}
@@ -134,7 +134,7 @@ class Args:
     update_epochs: int = 20  # passes over the N·T steps, of the value function and of --solver penalty
     gamma: float = 0.99  # γ: discount per step
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the return minus V, 0 the one-step TD error
-    compile: bool = False  # compile the value function's gradient: pays after some 200,000 steps; needs a C++ compiler
+    compile: bool = False  # compile V's gradient: takes some 20 seconds, then saves time; needs a C++ compiler
     cuda: bool = True  # learn on the GPU if there is one; acting stays on the CPU
     track: bool = False  # send the metrics to Weights & Biases too
     wandb_project_name: str = "deep-policy-gradients"  # project to track under
@@ -170,6 +170,7 @@ def make_env(env_id: str, videos: Path | None = None) -> gym.Env:
         gym.register_envs(ale_py)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # without its banner
         settings |= {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
+    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     env = gym.make(env_id, disable_env_checker=True, **settings)
     if atari:
         # [DETAIL] As Mnih et al. 2015 see a game: the last 4 frames in grey, an action for every 4, up to 30
@@ -288,7 +289,7 @@ class Agent(nn.Module):
         S, A = observation_space.shape, action_space.n if self.discrete else action_space.shape[0]
         self.frames = len(S) == 3
         self.obs_norm, self.value_norm = RunningNorm(*S), RunningNorm(1)
-        self.register_buffer("dual", torch.tensor(1.0))  # λ; a buffer, so that a resumed run goes on with it
+        self.register_buffer("dual", torch.tensor(1.0))  # λ. [DETAIL] It begins at 1; a buffer, to be resumed with
         self.actor = network(S, A, gain=0.01)  # continuous: mean of a Gaussian; discrete: scores f_θ(s,a) of a softmax
         self.critic = network(S, 1, gain=1.0)
         # [DETAIL] The slides name no policy for continuous actions: here it is Gaussian. σ, the same in every state,
@@ -399,8 +400,8 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 # ── Collecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Tensors (T,N,…) as in the table above; of each episode that ended: steps into the rollout, return, length; of the
-# vine: s_n (M,…), a_{n,k} (M,K[,A]), Q̂ (M,K); and how many steps were taken, branches included
+# Tensors (T,N,…); of each episode that ended: steps of all actors up to its end, return, length; of the vine: s_n
+# (M,…), a_{n,k} (M,K[,A]), Q̂ (M,K); and how many steps were taken, branches included
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated truncated episodes vine steps")
 
 
@@ -437,7 +438,7 @@ def branch(old: Agent, actor: Actor, simulators: list[Actor], args: Args) -> tup
     obs, q, terminated = np.array([actor.obs] * K), torch.zeros(K), np.zeros(K, bool)
     # [VINE-2] take K actions: all of them, or samples of πθ(·|s_n)
     tried = torch.arange(K) if old.discrete else old.act(torch.from_numpy(obs), old.noise(K))
-    # [VINE-3] after each, follow πθ, with the same random numbers for all K. Gymnasium's time limits end none.
+    # [VINE-3] after each, follow πθ, with the same random numbers for all K. A time limit ends no branch.
     noise = old.noise(L)
     for i in range(L):
         action = old.act(torch.from_numpy(obs), noise[i]) if i else tried
@@ -624,11 +625,10 @@ class Run:
         self.args, self.folder, self.parts, self.signal, self.collecting = args, folder, parts, 0, True
         self.returns, self.unsent, self.due = deque(maxlen=100), [], time.time() + CHECKPOINT_SECONDS
         folder.mkdir(parents=True, exist_ok=True)
-        used = {name: sys.modules.get(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py")}
-        versions = {name: module.__version__ for name, module in used.items() if module}
-        config = json.dumps({"script": SCRIPT, "args": asdict(args), "versions": versions}, indent=2)
+        used = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if name in sys.modules]
+        config = {"script": SCRIPT, "args": asdict(args), "versions": {x: sys.modules[x].__version__ for x in used}}
         self.metrics = open(folder / "metrics.csv", "a", buffering=1)
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.metrics.truncate(min(self.metrics.tell(), checkpoint.get("metrics_size", 0)))  # later rows are made again
         if self.metrics.seek(0, os.SEEK_END) == 0:
             print("global_step", *METRICS, sep=",", file=self.metrics)
@@ -758,12 +758,11 @@ def load(path: str) -> tuple[Args, Path, dict]:
         saved = Args(**checkpoint["args"])
     except Exception:  # torch.load raises whatever its parts do
         raise Failure(f"{file} is no checkpoint of {SCRIPT}.py, or a damaged one: name another, or a run's folder")
-    return tyro.cli(Args, default=saved, description=__doc__.partition("\n")[0]), file, checkpoint
+    return tyro.cli(Args, default=saved), file, checkpoint
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # "?" for what a console can't show
-    warnings.filterwarnings("ignore", message=".*is out of date")  # to a user of Hopper-v4, Hopper-v5 is no news
     torch.set_num_threads(1)  # split among threads, small matrices take longer
     try:
         args, file, checkpoint = tyro.cli(Args, description=__doc__.partition("\n")[0]), Path(), {}
@@ -793,7 +792,7 @@ def main() -> None:
     except (Failure, ImportError, OSError) as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if isinstance(error, OSError) and called & {"make_env", "reset", "step"} and "makedirs" not in called:
-            raise  # an environment's, not a folder's for its videos
+            raise  # the environment's own; where no folder can be made for its videos, a line tells it
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
