@@ -516,7 +516,9 @@ class Run:
 
 def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, videos: Path | None) -> None:
     """The n-th process. Sends (T, numbers) for each row of metrics.csv, or in one line what the user can mend."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this
+    signal.signal(signal.SIGINT, lambda *_: None)  # the parent ends this; an environment's programs would inherit SIG_IGN
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     torch.set_num_threads(1)  # a core of its own is all that an actor-learner has
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
     try:
@@ -550,12 +552,12 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
     run = Run(args, folder, checkpoint, args.total_timesteps, agent=snapshot)
     workers, started, seen, idle = {}, [], [0] * N, [0.0] * N
     run.collecting = False  # so that a signal waits until all have started
-    if masks := hasattr(signal, "pthread_sigmask"):  # a terminal sends Ctrl-C to the workers as well: none ever sees it
+    if masks := hasattr(signal, "pthread_sigmask"):  # a terminal sends Ctrl-C to the workers, too: not before `work`
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         for n, seed in enumerate(torch.randint(2**62, (N,)).tolist()):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(n, args, shared, theirs, seed, videos), daemon=True)
+            process = context.Process(target=work, args=(n, args, shared, theirs, seed, videos))
             process.start()
             started.append(process)
             theirs.close()
@@ -574,7 +576,7 @@ def train(args: Args, agent: Agent, folder: Path, videos: Path | None, checkpoin
                         except (EOFError, OSError):  # closed as the process ended
                             n, process = workers.pop(pipe)
                             process.join(min(args.patience, 1e6))
-                            early = process.exitcode != 0 or shared.T.value < args.total_timesteps
+                            early = not run.signal and (process.exitcode != 0 or shared.T.value < args.total_timesteps)
                             message = f"worker {n} ended early, with exit code {process.exitcode}" if early else None
                         if isinstance(message, str):
                             raise Failure(message)

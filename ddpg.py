@@ -477,7 +477,7 @@ def train(args: Args, envs: list[gym.Env], agent: Agent, folder: Path, checkpoin
                 if step > args.learning_starts:
                     losses += [update(agent, vectors, actor_optimizer, critic_optimizer, replay, args, *gradients)
                                for _ in actors]
-                if losses and (step % LOG_STEPS < N or step == end or run.signal):
+                if losses and (step % LOG_STEPS < N or step == end):
                     run.log(step, dict(zip(METRICS[3:], torch.stack(losses).mean(0).tolist())))
                     losses.clear()
                 if step % LOG_STEPS < N and time.time() > run.due:

@@ -146,15 +146,22 @@ class Broken(envs.Counter):
 
 
 class Served(envs.Counter):
-    """Is served by a program, which it terminates in the end."""
+    """Is served by two programs and a process of Python's, which it ends."""
 
     def __init__(self):
         super().__init__()
-        self.program = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.programs = [subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                         for _ in range(2)]
+        self.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        self.process.start()
 
     def close(self):
-        self.program.terminate()
-        self.program.wait(timeout=20)
+        self.programs[0].terminate()
+        self.programs[1].send_signal(signal.SIGINT)
+        self.process.terminate()
+        self.process.join()
+        for program in self.programs:
+            program.wait(timeout=20)
 
 
 for env in (Announced, Listed, Halting, Slow, Broken, Served):
@@ -829,7 +836,17 @@ def test_what_terminates_a_run_and_its_workers_at_once_stops_it_and_it_saves(beg
 
 
 @PROC
-def test_a_worker_can_terminate_what_its_environment_has_started(launch, tmp_path):
+def test_workers_that_are_terminated_just_before_their_run_sees_it_are_no_failure(launch, tmp_path):
+    late = ("import a3c, itertools, os, signal; from time import *; from types import SimpleNamespace as NS; calls = "
+            "itertools.count(); a3c.time = NS(time=time, perf_counter=perf_counter, monotonic=lambda: (next(calls) == 20 "
+            "and os.killpg(0, signal.SIGTERM)) or monotonic()); a3c.main()")  # between two waits, when collecting is off
+    process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", *ENDLESS, script=("-c", late))
+    assert end_of(process) == (143, [])
+    assert load(only_run(tmp_path))["global_step"] >= 0
+
+
+@PROC
+def test_a_worker_can_end_what_its_environment_has_started(launch, tmp_path):
     process = launch(tmp_path, "--num-workers", 2, "--env-id", "test_a3c:Served-v0", "--total-timesteps", 20)
     assert end_of(process) == (0, [])
 
