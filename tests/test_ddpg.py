@@ -648,6 +648,7 @@ def test_the_copy_that_acts_is_the_actor_that_learned_to_the_bit_also_in_a_run_t
     assert not any(map(torch.equal, learned, learned[1:]))
 
 
+@pytest.mark.filterwarnings("ignore:.*out of date")
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])  # episodes that fall, bounds other than ±1
 def test_a_whole_run_is_that_of_stable_baselines3(env_id, tmp_path):
     """Driven by the same random numbers, in the order in which the script draws them, it meets the same transitions and
