@@ -516,7 +516,7 @@ class Run:
 
 def work(n: int, args: Args, shared: Shared, pipe: Connection, seed: int, videos: Path | None) -> None:
     """The n-th process. Sends (T, numbers) for each row of metrics.csv, or in one line what the user can mend."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # the parent ends this; an environment's programs inherit SIG_IGN
+    signal.signal(signal.SIGINT, lambda *_: None)  # the parent ends this; what environments start would inherit SIG_IGN
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     torch.set_num_threads(1)  # a core of its own is all that an actor-learner has

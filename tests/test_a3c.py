@@ -842,7 +842,7 @@ def test_workers_that_are_terminated_just_before_their_run_sees_it_are_no_failur
             "and os.killpg(0, signal.SIGTERM)) or monotonic()); a3c.main()")  # between two waits, when collecting is off
     process = launch(tmp_path, "--num-workers", 2, "--env-id", "envs:Counter-v0", *ENDLESS, script=("-c", late))
     assert end_of(process) == (143, [])
-    assert load(only_run(tmp_path))["global_step"] >= 0
+    assert "agent" in load(only_run(tmp_path))
 
 
 @PROC
