@@ -345,8 +345,8 @@ Shared = namedtuple("Shared", "agent theta T steps lock")
 # ── Update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def actor_learner(n: int, agent: Agent, actor: Actor, shared: Shared, args: Args) -> Iterator[tuple]:
-    """Algorithm S3 from top to bottom, as the n-th process runs it. Yields after each segment T, (return, length) of an
-    episode that ended or None, the step size, and per step the losses of policy and value function and the entropy."""
+    """Algorithm S3 from top to bottom, as the n-th process runs it. After each segment, yields T, (return, length) of
+    an ended episode or None, the step size, and per step the losses of policy and value function and the entropy."""
     device, parameters, memory = agent.critic.weight.device, [*agent.parameters()], None
     theta = as_vector(parameters)
     agent.obs_norm, agent.value_norm = shared.agent.obs_norm, shared.agent.value_norm

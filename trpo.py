@@ -26,7 +26,7 @@ Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果�
     TRPO-KL     such that E_{s_t~pθ}[ D_KL(πθ'(a_t|s_t) ‖ πθ(a_t|s_t)) ] ≤ ε
     TRPO-MONO   J(θ') ≥ L_θ(θ') − C · D_KL^max(θ,θ'),  C = 4εγ/(1−γ)²,  ε = max_{s,a} |A_π(s,a)|,
                 L_θ(θ') = J(θ) + Σ_t E_{s_t~pθ}[ E_{a_t~πθ}[ (πθ'/πθ) γ^t A^πθ ] ]: what raises the right side raises J.
-                C is far too large to use, and a bound for every state too much to ask: the mean KL is bounded.
+                C is far too large to use, and a bound for every state too much to ask: TRPO bounds the mean KL.
                 Solved under the constraint (--solver cg; without TRPO-CG-4 it is a natural policy gradient)
     TRPO-CG-1     g = ∇ of the surrogate at θ
     TRPO-CG-2     x ≈ H⁻¹ g by conjugate gradient, H = ∇² of the KL at θ (Fisher), only by products H v
@@ -70,7 +70,7 @@ Departures from the slides
                 only names the Taylor expansion and the conjugate gradient.
     TRPO-PEN-1  the argmax is some epochs of Adam.
     TRPO-PEN-2  λ stays at 0 or above: below 0 it would reward a large KL.
-    VINE-4      adds V, and its bias, after a few steps; the paper has no V, and on MuJoCo branches of 50 to 100 steps.
+    VINE-4      adds V, and its bias, after a few steps; the paper has no V, and branches of 50 to 100 steps on MuJoCo.
     VINE-5      comes with the mean KL of all N·T states, the paper's with that of the s_n.
     A^πθ        comes from a λ-weighted sum of TD errors (GAE, arXiv:1506.02438), as in the paper's successors; V is
                 fitted to this sum plus V.
@@ -116,7 +116,7 @@ class Args:
     num_envs: int = 8  # N: actors, each with an environment of its own
     num_steps: int = 128  # T: steps that each actor collects per iteration
     solver: Literal["cg", "penalty"] = "cg"  # conjugate gradient and line search, or a penalty with a price λ
-    kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach
+    kl_constraint: float = 0.01  # ε: expected KL, in nats, that an update may reach; --solver penalty only aims at it
     cg_iters: int = 25  # iterations of the conjugate gradient; the paper has 10
     cg_damping: float = 0.1  # multiple of the identity added to H
     cg_subsampling: int = 1  # n: H is the mean over a random 1/n of the T·N steps: saves time on Atari; paper: 10
@@ -125,7 +125,7 @@ class Args:
     line_search: bool = True  # off: takes β x as it is, a natural policy gradient
     dual_lr: float = 10.0  # α of --solver penalty: step size of λ
     policy_lr: float = 3e-4  # Adam's step size for --solver penalty
-    vine: bool = False  # compare K actions in each of M states by short branches, which count as steps, too
+    vine: bool = False  # compare K actions in each of M states by short branches, whose steps count, too
     vine_states: int = 128  # M: states per iteration where the vine branches, at most N·T
     vine_actions: int = 4  # K: branches of a state, where actions are continuous; otherwise one for each action
     vine_steps: int = 4  # L: steps of a branch
@@ -464,7 +464,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> Callable[[], Tensor]:
-    """Returns a function: the vine's objective of the agent as it then is, πθ', where πθ is as now"""
+    """Returns a function: the vine's objective of the agent when it is called, πθ'; πθ is the agent now"""
     def log_probs() -> Tensor:
         outputs = agent.actor(states).unsqueeze(1).expand(-1, q.shape[1], -1)
         return log_prob(outputs, agent.log_std, actions)
@@ -475,8 +475,8 @@ def vine_objective(agent: Agent, states: Tensor, actions: Tensor, q: Tensor) -> 
 
 
 def comparison(agent: Agent, x: Tensor, action: Tensor, advantage: Tensor, vine: list | None = None) -> Callable:
-    """Returns a function: objective and KL of the agent as it then is, πθ', against πθ as now; on all steps or a
-    minibatch. The vine's objective needs no action or advantage, and is always on all its branches."""
+    """Returns a function: objective and KL of the agent when it is called, πθ', against the agent now, πθ; on all
+    steps or a minibatch. The vine's objective needs no action or advantage, and is always on all its branches."""
     with torch.no_grad():
         old_output, old_log_std = agent.actor(x), copy.deepcopy(agent.log_std)
         old_log_prob = log_prob(old_output, old_log_std, action)
