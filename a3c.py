@@ -8,8 +8,8 @@
 # SPDX-License-Identifier: MIT
 """A3C: processes with an environment each push their gradients into shared parameters, without waiting for each other.
 
-    python a3c.py --env-id Hopper-v4 --num-workers 2                               # 3 minutes: return about 1350
-    python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000   # 30 seconds: return about 500
+    python a3c.py --env-id Hopper-v4 --num-workers 2                               # 90 seconds: return about 1350
+    python a3c.py --env-id CartPole-v1 --num-workers 2 --total-timesteps 300000   # 20 seconds: return about 500
     python a3c.py --env-id ALE/Pong-v5 --num-workers 2 --ent-coef 0.01 --learning-rate 3e-3  # 10 minutes: return 17
 
 Slides "复习A2C：优势Actor-Critic", "A3C: 异步A2C方法", "A3C算法" (Mnih et al. 2016, arXiv:1602.01783, algorithm S3)

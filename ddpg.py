@@ -8,8 +8,8 @@
 # SPDX-License-Identifier: MIT
 """DDPG: a deterministic policy follows the gradient of the critic's value in the action; both learn off-policy.
 
-    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 50 minutes: return about 1400
-    python ddpg.py --env-id Pendulum-v1 --total-timesteps 20000         # 1 minute: then, with --evaluate, about -150
+    python ddpg.py --env-id Hopper-v4                                   # 1M steps, 35 minutes: return about 1400
+    python ddpg.py --env-id Pendulum-v1 --total-timesteps 20000         # 20 seconds: then, with --evaluate, about -150
 
 Slides "策略梯度和Q学习的对比" (Q-TD); 确定性梯度策略, 深度确定性策略梯度: the deck lacks their text. They would derive:
 

@@ -8,8 +8,8 @@
 # SPDX-License-Identifier: MIT
 """PPO with the clipped surrogate: several epochs on the same data, no gain from a probability ratio beyond 1 ± ε.
 
-    python ppo_clip.py --env-id Hopper-v4                               # 1M steps, 5 minutes: return about 2500
-    python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # 30 seconds: return about 500
+    python ppo_clip.py --env-id Hopper-v4                               # 1M steps, 3 minutes: return about 2500
+    python ppo_clip.py --env-id CartPole-v1 --total-timesteps 200000    # 20 seconds: return about 500
 
 Slides 近端策略优化 PPO: "1. 截断式优化目标", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 

@@ -8,8 +8,8 @@
 # SPDX-License-Identifier: MIT
 """PPO with the KL penalty: several epochs on the same data, at a price of β for every nat that the policy moves.
 
-    python ppo_kl.py --env-id Hopper-v4                                 # 1M steps, 5 minutes: return 1500 to 2700
-    python ppo_kl.py --env-id CartPole-v1 --total-timesteps 200000      # 30 seconds: return about 480
+    python ppo_kl.py --env-id Hopper-v4                                 # 1M steps, 3 minutes: return 1500 to 2700
+    python ppo_kl.py --env-id CartPole-v1 --total-timesteps 200000      # 20 seconds: return about 480
 
 Slides 近端策略优化 PPO: "3. 自适应的KL惩罚项参数", "2. 优势函数选用多步时序差分" (Schulman et al. 2017, arXiv:1707.06347)
 

@@ -9,7 +9,7 @@
 """REINFORCE: actions become more probable, the higher the return that followed them.
 
     python reinforce.py --env-id CartPole-v1 --total-timesteps 200000   # 10 seconds: return about 500
-    python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 4 minutes: return about 1650
+    python reinforce.py --env-id Hopper-v4 --baseline                   # 1M steps, 2 minutes: return about 1650
 
 Slides "复习：策略梯度定理", "策略网络的梯度", "策略梯度和Q学习的对比", "策略梯度算法回顾", "复习A2C：优势Actor-Critic"
 (Williams 1992; Sutton & Barto, ch. 13)

@@ -8,8 +8,8 @@
 # SPDX-License-Identifier: MIT
 """TRPO: each update shall stay inside a trust region, an expected KL of at most ε.
 
-    python trpo.py --env-id Hopper-v4                                   # 1M steps, 4 minutes: return about 2800
-    python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 30 seconds: return about 500
+    python trpo.py --env-id Hopper-v4                                   # 1M steps, 3 minutes: return about 2800
+    python trpo.py --env-id CartPole-v1 --total-timesteps 200000        # 20 seconds: return about 500
     python trpo.py --env-id ALE/Pong-v5 --cg-iters 10 --cg-subsampling 4 --update-epochs 4  # 40 minutes: return 18
 
 Slides 信任区域策略优化 TRPO, "策略梯度的优化目标" to "结果比较" (Schulman et al. 2015, arXiv:1502.05477)
