@@ -1,6 +1,7 @@
 """The mathematics of ddpg.py, and what it does with its transitions, against calculations of another kind."""
 
 import copy
+import signal
 from types import SimpleNamespace
 
 import ddpg
@@ -745,6 +746,20 @@ def test_a_row_of_losses_has_the_means_over_the_updates_since_the_last(monkeypat
     for row, step, mean in zip(rows, (1000, 1064), (468.5, 968.5), strict=True):  # of 1 … 936 and 937 … 1000
         found = row["global_step"], row["losses/policy_loss"], row["losses/qf_loss"], row["losses/qf_values"]
         assert [*map(float, found)] == [step, mean, 10 * mean, 100 * mean]
+
+
+def test_a_stop_makes_no_row_of_fewer_steps(monkeypatch, tmp_path):
+    updates = iter(range(1, 9999))
+
+    def update(*args):
+        if next(updates) == 1200:
+            signal.raise_signal(signal.SIGINT)
+        return torch.ones(3)
+
+    monkeypatch.setattr(ddpg, "update", update)
+    code, _, _ = run_here(ddpg, "--env-id", "Pendulum-v1", "--learning-starts", 64, "--runs-dir", tmp_path)
+    assert code == 130
+    assert [row["global_step"] for row in metrics(only_run(tmp_path)) if row["losses/policy_loss"]] == ["1000"]
 
 
 def test_nan_from_the_environment_is_not_saved_even_before_anything_is_learned_from_it(tmp_path):
